@@ -1,0 +1,289 @@
+"""What a target is, and the lowering that every dialect shares.
+
+A target holds formats, has a dialect of named rules that turns decisions into the Q/DQ form that its
+runtime runs fast, writes the file, and proves from what the runtime made of it which layer runs in
+which precision.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile import graph, numerics, spec, syntax
+from qcompile.errors import TargetError
+from qcompile.graph import Layer, Use
+from qcompile.numerics import Grid
+from qcompile.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from qcompile.calibrate import Calibration
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """How a layer runs: ``precision`` ("int8", "int4 weights", "float", "unknown"), and why."""
+
+    precision: str
+    kernel: str
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One named step of a dialect. ``apply`` returns how often it acted; ``why`` is for people."""
+
+    name: str
+    apply: Callable[[Lowering], int]
+
+    @property
+    def why(self) -> str:
+        """The first paragraph of the docstring of the rule."""
+        return " ".join((self.apply.__doc__ or "").split("\n\n")[0].split())
+
+
+def rules(*functions: Callable[[Lowering], int]) -> tuple[Rule, ...]:
+    """Rules named after their functions: ``conv_output`` is ``conv-output``."""
+    return tuple(Rule(f.__name__.replace("_", "-"), f) for f in functions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target(abc.ABC):
+    """A runtime that a decided model is lowered to. The fields of a subclass are its options.
+
+    * ``weight_formats``: for layers whose input is quantized as well, or weight-only.
+    * ``input_formats``: of activations.
+    * ``dialect``: the rules, in order.
+    * ``newest_opset``: the highest that the runtime reads.
+    """
+
+    name: ClassVar[str]
+    weight_formats: ClassVar[tuple[str, ...]]
+    input_formats: ClassVar[tuple[str, ...]]
+    dialect: ClassVar[tuple[Rule, ...]]
+    newest_opset: ClassVar[int]
+
+    def refuse_weight(self, form: str, where: str) -> None:
+        """Raise TargetError if weights of ``form`` cannot be held."""
+        self._refuse(form, self.weight_formats, "weights", where)
+
+    def refuse_input(self, form: str, where: str) -> None:
+        """Raise TargetError if activations of ``form`` cannot be held."""
+        self._refuse(form, self.input_formats, "activations", where)
+
+    def _refuse(self, form: str, held: Sequence[str], what: str, where: str) -> None:
+        if form not in (*held, "float"):
+            raise TargetError(
+                f"{self} holds no {form} {what} (asked for by {where}); it holds {', '.join(held)}"
+            )
+
+    def lower(self, model: ir.Model) -> dict[str, int]:
+        """Turn the decisions of ``model`` into this dialect, in place; counts by rule."""
+        lowering = Lowering(model)
+        counts = {rule.name: rule.apply(lowering) for rule in self.dialect}
+        lowering.finish(self.newest_opset)
+        return counts
+
+    @abc.abstractmethod
+    def available(self) -> None:
+        """Raise TargetError, with the command that installs it, if the runtime is missing."""
+
+    @abc.abstractmethod
+    def emit(self, model: ir.Model, folder: pathlib.Path, calibration: Calibration) -> pathlib.Path:
+        """Write the lowered ``model`` into ``folder`` and return the file that runs."""
+
+    @abc.abstractmethod
+    def prove(self, model: ir.Model, folder: pathlib.Path) -> dict[str, Ran]:
+        """How each captured layer of the lowered ``model`` runs in what ``emit`` wrote."""
+
+    def __str__(self) -> str:
+        return syntax.render(self.name, self)
+
+
+class Lowering:
+    """A model on its way into a dialect: its layers as decided, and the Q/DQ pairs so far.
+
+    The layers are listed once, because a layer whose weight comes out of a DequantizeLinear is no
+    longer found by ``graph.layers``.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.layers: list[Layer] = list(graph.layers(model))
+        self.input_grids: dict[ir.Node, Grid] = {}
+        self.weight_grids: dict[ir.Node, Grid] = {}
+        self._pairs: dict[tuple[ir.Value, bytes], ir.Value] = {}
+        self._grids: dict[ir.Value, Grid] = {}
+
+    def decided(self) -> Iterator[Layer]:
+        """The layers with a decision on their weight or input."""
+        for layer in self.layers:
+            if layer.weight.spec is not None or (layer.input and layer.input.spec is not None):
+                yield layer
+
+    def keep_float(self, layer: Layer, reason: str) -> None:
+        """Take back the decisions on ``layer`` and say why in its metadata."""
+        spec.clear(layer.node)
+        layer.node.metadata_props[graph.REASON] = reason
+
+    def grid_of(self, value: ir.Value) -> Grid | None:
+        """The grid that ``value``, the output of a DequantizeLinear of ours, lies on."""
+        return self._grids.get(value)
+
+    def weight(self, use: Use, decided: TensorSpec) -> Grid:
+        """Replace the weight that ``use`` reads by codes and a DequantizeLinear; merge equal ones."""
+        initializers = self.model.graph.initializers
+        form = numerics.parse_format(decided.format)
+        scale = graph.constant(initializers[decided.scale]).astype(np.float32)
+        zero = np.zeros(scale.shape, np.int32)
+        if decided.zero_point:
+            zero = numerics.unpack(_tensor(initializers[decided.zero_point]))
+        grid = Grid(form, scale, zero, decided.axis, decided.block)
+        value = use.value
+        key = (value, repr(decided).encode())
+        if key not in self._pairs:
+            if decided.codes:
+                codes = numerics.unpack(_tensor(initializers[decided.codes]))
+            else:
+                codes = grid.quantize(graph.constant(value).astype(np.float32))
+            self._pairs[key] = self._dequantize_weight(value, codes, grid)
+            self._grids[self._pairs[key]] = grid
+        use.read_from(self._pairs[key])
+        self.weight_grids[use.node] = grid
+        return grid
+
+    def _dequantize_weight(self, value: ir.Value, codes: numerics.Codes, grid: Grid) -> ir.Value:
+        name = value.name or "weight"
+        inputs = [
+            graph.add_constant(self.model, f"{name}/codes", numerics.pack(codes, grid.format, "")),
+            graph.add_constant(self.model, f"{name}/scale", grid.scale),
+            self._zero_point(name, grid),
+        ]
+        attributes: dict[str, int] = {}
+        if grid.axis is not None:
+            attributes["axis"] = grid.axis
+        if grid.block is not None:
+            attributes["block_size"] = grid.block
+        return graph.insert(
+            self.model, "DequantizeLinear", inputs, attributes,
+            output=f"{name}/dequantized", like=value,
+        )  # fmt: skip
+
+    def _zero_point(self, name: str, grid: Grid) -> ir.Value:
+        # Written even when it is 0: without it the type of the codes is lost in some rewrites.
+        packed = numerics.pack(grid.zero_point, grid.format, "")
+        return graph.add_constant(self.model, f"{name}/zero_point", packed)
+
+    def bias(self, use: Use, codes: numerics.Codes, scale: numerics.Floats) -> None:
+        """Make ``use`` read int32 ``codes`` [C] with ``scale`` [C] through a DequantizeLinear."""
+        name = use.value.name or "bias"
+        inputs = [
+            graph.add_constant(self.model, f"{name}/codes", codes.astype(np.int32)),
+            graph.add_constant(self.model, f"{name}/scale", scale),
+            graph.add_constant(self.model, f"{name}/zero_point", np.zeros(scale.shape, np.int32)),
+        ]
+        like = ir.Value(type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(codes.shape))
+        use.read_from(
+            graph.insert(
+                self.model, "DequantizeLinear", inputs, {"axis": 0},
+                output=f"{name}/dequantized", like=like,
+            )
+        )  # fmt: skip
+
+    def pair(self, value: ir.Value, grid: Grid) -> ir.Value:
+        """``value`` through QuantizeLinear and DequantizeLinear on ``grid``; one pair a grid."""
+        key = (value, repr((grid.format, grid.scale.tobytes(), grid.zero_point.tobytes())).encode())
+        if key not in self._pairs:
+            name = value.name or "value"
+            scale = graph.add_constant(self.model, f"{name}/scale", grid.scale)
+            zero = self._zero_point(name, grid)
+            kind = ir.Value(type=ir.TensorType(grid.format.dtype), shape=value.shape)
+            quantized = graph.insert(
+                self.model, "QuantizeLinear", [value, scale, zero],
+                output=f"{name}/quantized", behind=value, like=kind,
+            )  # fmt: skip
+            self._pairs[key] = graph.insert(
+                self.model, "DequantizeLinear", [quantized, scale, zero],
+                output=f"{name}/dequantized", behind=quantized, like=value,
+            )  # fmt: skip
+            self._grids[self._pairs[key]] = grid
+        return self._pairs[key]
+
+    def pair_for_all(self, value: ir.Value, grid: Grid) -> None:
+        """Make every reader of ``value``, and the graph output that it may be, read the pair."""
+        dequantized = self.pair(value, grid)
+        dequantize = dequantized.producer()
+        assert dequantize is not None and dequantize.inputs[0] is not None
+        quantize = dequantize.inputs[0].producer()
+        graph.redirect(self.model, value, dequantized, keep=lambda use: use.node is quantize)
+
+    def finish(self, newest_opset: int) -> None:
+        """Name the nodes for the proof, drop what decisions left behind, raise the opset if needed."""
+        taken: dict[str, int] = {}
+        for node in self.model.graph:
+            spec.clear(node)
+            ids = "+".join(graph.origins(node))
+            if ids:
+                node.name = f"{ids}#{taken.get(ids, 0)}"
+                taken[ids] = taken.get(ids, 0) + 1
+        graph.clear_ranges(self.model)
+        graph.remove_dead(self.model)
+        small = {ir.DataType.INT4, ir.DataType.UINT4}
+        dtypes = {v.dtype for v in self.model.graph.initializers.values()}
+        raise_opset(self.model, 21 if dtypes & small else 0, newest_opset)
+
+
+def raise_opset(model: ir.Model, oldest: int, newest: int) -> None:
+    """Raise the opset to ``oldest`` if it is below; raise TargetError if it is above ``newest``."""
+    opset = model.opset_imports.get("", 0)
+    if opset > newest:
+        raise TargetError(f"the model has opset {opset}; this target reads up to {newest}")
+    if opset < oldest:
+        from onnxscript import version_converter
+
+        version_converter.convert_version(model, oldest, fallback=False)
+        if model.opset_imports.get("", 0) != oldest:
+            raise TargetError(f"the model could not be raised from opset {opset} to {oldest}")
+
+
+def activation_range(model: ir.Model, value: ir.Value) -> tuple[float, float] | None:
+    """The range of ``value``; behind operators that only move elements, that of what they move.
+
+    A value and its moved copy then share one grid, and the runtime can move the integers.
+    """
+    node = value.producer()
+    while node is not None and node.op_type in MOVES and node.inputs[0] is not None:
+        if graph.range_of(model, node.inputs[0]) is None:
+            break
+        value = node.inputs[0]
+        node = value.producer()
+    return graph.range_of(model, value)
+
+
+MOVES = frozenset("MaxPool Reshape Flatten Transpose Squeeze Unsqueeze".split())
+
+
+def absorbed(value: ir.Value) -> ir.Value:
+    """Behind a layer, the output of a ReLU or Clip from 0 that is the only reader; else ``value``."""
+    uses = value.uses()
+    if len(uses) != 1 or value.is_graph_output():
+        return value
+    node, index = uses[0]
+    if index == 0 and node.op_type == "Relu":
+        return node.outputs[0]
+    if index == 0 and node.op_type == "Clip" and len(node.inputs) > 1:
+        low = node.inputs[1]
+        if low is not None and graph.is_constant(low) and float(graph.constant(low)) == 0.0:
+            return node.outputs[0]
+    return value
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value

@@ -1,0 +1,108 @@
+"""ONNX Runtime on the CPU: the target ``ort-cpu``, its file, and the proof from the optimized graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import tempfile
+from typing import TYPE_CHECKING, ClassVar
+
+import onnx_ir as ir
+
+from qcompile import execute, graph
+from qcompile.backends import ort_rules
+from qcompile.backends.base import Ran, Rule, Target
+
+if TYPE_CHECKING:
+    from qcompile.calibrate import Calibration
+
+
+@dataclasses.dataclass(frozen=True)
+class OrtCpu(Target):
+    """ONNX Runtime, CPU provider, on x86 with VNNI (AVX512-VNNI or AVX-VNNI).
+
+    Holds int8 activations (stored as uint8 with a zero point) with int2 to int8 weights (stored as
+    int8, whatever the nominal bits), and int8 weights alone. Narrower activations have no kernel.
+    """
+
+    name: ClassVar[str] = "ort-cpu"
+    weight_formats: ClassVar[tuple[str, ...]] = tuple(f"int{b}" for b in range(8, 1, -1))
+    input_formats: ClassVar[tuple[str, ...]] = ("int8",)
+    dialect: ClassVar[tuple[Rule, ...]] = ort_rules.DIALECT
+    newest_opset: ClassVar[int] = 25
+
+    def available(self) -> None:
+        """Always there: ONNX Runtime is a dependency."""
+
+    def emit(self, model: ir.Model, folder: pathlib.Path, calibration: Calibration) -> pathlib.Path:
+        """Write ``model.onnx`` (with ``model.onnx.data`` when large)."""
+        path = folder / "model.onnx"
+        execute.save(model, path)
+        return path
+
+    def prove(self, model: ir.Model, folder: pathlib.Path) -> dict[str, Ran]:
+        """Open the graph as the runtime optimized it and find each layer's kernel by node name."""
+        with tempfile.TemporaryDirectory(prefix="qcompile-") as scratch:
+            path = pathlib.Path(scratch) / "optimized.onnx"
+            execute.Session(folder / "model.onnx", save_optimized=path)
+            optimized = ir.load(path)
+            return kernels(optimized, model)
+
+
+def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
+    """How each captured layer of ``lowered`` runs in the graph ``optimized`` by the runtime.
+
+    A kernel is matched by the unique name that the lowering gave its node, else by the name of the
+    weight that it reads; what is not found is "unknown", never "quantized".
+    """
+    by_node = {n.name or "": graph.origins(n) for n in lowered.graph if graph.origins(n)}
+    by_weight = {
+        w: graph.origins(n) for n in lowered.graph if graph.origins(n) for w in _weights(n)
+    }
+    reasons = {
+        o: n.metadata_props[graph.REASON]
+        for n in lowered.graph
+        for o in graph.origins(n)
+        if graph.REASON in n.metadata_props
+    }
+    found: dict[str, Ran] = {}
+    for node in optimized.graph.all_nodes():
+        precision = ort_rules.INTEGER_KERNELS.get(node.op_type)
+        if precision is None and node.op_type not in ort_rules.FLOAT_KERNELS:
+            continue
+        if node.op_type == "MatMulNBits":
+            precision = f"int{graph.attribute(node, 'bits', 4)} weights"
+        ids = _by_name(node.name or "", by_node) or next(
+            (by_weight[v.name] for v in node.inputs if v is not None and v.name in by_weight), ()
+        )
+        for layer in ids:
+            if precision is None:
+                reason = reasons.get(layer, "the runtime found no integer kernel for the pattern")
+                found[layer] = Ran("float", node.op_type, reason)
+            else:
+                found[layer] = Ran(precision, node.op_type)
+    for layer in {o for ids in by_node.values() for o in ids} - set(found):
+        found[layer] = Ran("unknown", "", "no kernel of this name in the optimized graph")
+    return found
+
+
+def _by_name(name: str, by_node: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The layers of a kernel: the runtime keeps a node's name, or wraps it: ``fused N/Fusion``."""
+    stem = name.removeprefix("fused ")
+    while stem:
+        if stem in by_node:
+            return by_node[stem]
+        stem = stem.rpartition("/")[0]
+    return ()
+
+
+def _weights(node: ir.Node) -> list[str]:
+    """The names of the stored codes, or of the float weight, that ``node`` reads."""
+    names: list[str] = []
+    for value in node.inputs[:2]:
+        producer = value.producer() if value is not None else None
+        if producer is not None and producer.op_type == "DequantizeLinear":
+            value = producer.inputs[0]
+        if value is not None and value.is_initializer():
+            names.append(value.name or "")
+    return names

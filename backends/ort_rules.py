@@ -1,0 +1,243 @@
+"""The dialect of ONNX Runtime on x86 CPUs with VNNI: the rules, in the order of the lowering.
+
+The runtime runs an integer kernel only where it finds an exact pattern: uint8 activations with their
+own zero point, int8 weights (one scale a channel costs nothing), int32 biases with the scale
+``s_x * s_w``, a QuantizeLinear behind every Conv, and never a MatMul with a bias that it could fuse
+into a float Gemm. Each rule says what it does and why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from qcompile import graph, numerics
+from qcompile.backends.base import MOVES, Lowering, absorbed, activation_range, rules
+from qcompile.graph import Layer, Use
+from qcompile.numerics import Grid, IntFormat
+
+UINT8 = IntFormat(8, signed=False)
+
+
+def keep_float(low: Lowering) -> int:
+    """Leave in float what has no integer kernel here: ConvTranspose, embeddings, and Gemm with a
+    transposed input, alpha or beta.
+    """
+    count = 0
+    for layer in list(low.decided()):
+        node = layer.node
+        scaled = graph.attribute(node, "alpha", 1.0) != 1.0 or graph.attribute(node, "beta", 1.0) != 1.0
+        if layer.kind == "conv-transpose":
+            low.keep_float(layer, "no int8 kernel for ConvTranspose")
+        elif node.op_type == "Gemm" and (scaled or graph.attribute(node, "transA", 0)):
+            low.keep_float(layer, "no int8 kernel for Gemm with transA, alpha or beta")
+        elif layer.kind == "attention" and not (layer.input and layer.input.spec and layer.weight.spec):
+            low.keep_float(layer, "a product of two activations needs both of them quantized")
+        elif layer.kind != "attention" and layer.weight.spec is None:
+            low.keep_float(layer, "a quantized input needs a quantized weight")
+        else:
+            continue
+        count += 1
+    return count
+
+
+def bias_range(low: Lowering) -> int:
+    """Widen the weight scale of a channel whose bias would overflow int32.
+
+    A bias is stored as int32 with the scale ``s_x * s_w``. Where ``|b|`` is beyond 2**30 such steps,
+    the weights of the channel are negligible beside it, so a wider weight scale costs nothing.
+    """
+    count = 0
+    for layer in low.decided():
+        decided = layer.weight.spec
+        if layer.bias is None or decided is None or decided.codes or decided.block is not None:
+            continue
+        grid = _input_grid(low, layer.input) if layer.input else None
+        if grid is None or not graph.is_constant(layer.bias.value):
+            continue
+        scale_value = low.model.graph.initializers[decided.scale]
+        scale = graph.constant(scale_value).astype(np.float32)
+        bias = np.abs(graph.constant(layer.bias.value).astype(np.float64)).reshape(-1)
+        needed = bias / (float(grid.scale) * 2.0**30)
+        wide = np.maximum(scale, needed if scale.ndim else needed.max(initial=0.0)).astype(np.float32)
+        if (wide > scale).any():
+            widened = graph.add_constant(low.model, decided.scale, wide)
+            layer.weight.decide(dataclasses.replace(decided, scale=widened.name or ""))
+            count += 1
+    return count
+
+
+def weights(low: Lowering) -> int:
+    """Store weights as signed int8 codes (uint8 ones are 2.5 times slower), dequantized in place."""
+    count = 0
+    for layer in low.decided():
+        if layer.kind == "attention" or layer.weight.spec is None:
+            continue
+        low.weight(layer.weight, layer.weight.spec)
+        count += 1
+    return count
+
+
+def inputs(low: Lowering) -> int:
+    """Give each quantized input a uint8 grid with its own zero point."""
+    count = 0
+    for layer in low.decided():
+        uses = [layer.input, layer.weight] if layer.kind == "attention" else [layer.input]
+        for use in uses:
+            if use is None or use.spec is None or low.grid_of(use.value) is not None:
+                continue
+            grid = _input_grid(low, use)
+            if grid is None:
+                low.keep_float(layer, f"no range for {use.value.name!r}: calibrate it")
+                continue
+            low.input_grids[layer.node] = grid
+            use.read_from(low.pair(use.value, grid))
+            count += 1
+    return count
+
+
+def conv_output(low: Lowering) -> int:
+    """Quantize the output of every quantized Conv, behind the ReLU or Clip(0, ...) that it absorbs.
+
+    A Conv without a QuantizeLinear on its output stays a float Conv between dequantized tensors.
+    """
+    count = 0
+    for layer in low.layers:
+        if layer.kind not in ("conv", "depthwise") or layer.node not in low.input_grids:
+            continue
+        value = absorbed(layer.output)
+        found = activation_range(low.model, value)
+        if found is None:
+            low.keep_float(layer, f"no range for its output {value.name!r}: calibrate it")
+            continue
+        low.pair_for_all(value, unsigned(*found))
+        count += 1
+    return count
+
+
+def between(low: Lowering) -> int:
+    """Quantize the output of Add, Concat and average pooling where all inputs are integers already.
+
+    Then they run as QLinearAdd, QLinearConcat, ... and an island of integer layers stays whole.
+    What only moves integers (MaxPool, Reshape, ...) towards a quantized reader keeps their grid.
+    """
+    count = 0
+    for node in list(low.model.graph):
+        if node.domain not in ("", "ai.onnx") or node.op_type not in (_BETWEEN | MOVES):
+            continue
+        read = [v for v in node.inputs if v is not None]
+        if node.op_type in MOVES:
+            grid = low.grid_of(read[0])
+            readers = node.outputs[0].uses()
+            if grid is not None and any(n.op_type == "QuantizeLinear" for n, _ in readers):
+                low.pair_for_all(node.outputs[0], grid)
+                count += 1
+            continue
+        if not read or any(low.grid_of(v) is None for v in read):
+            continue
+        value = absorbed(node.outputs[0])
+        found = activation_range(low.model, value)
+        if found is None or low.grid_of(value) is not None:
+            continue
+        low.pair_for_all(value, unsigned(*found))
+        count += 1
+    return count
+
+
+_BETWEEN = frozenset(("Add", "Concat", "AveragePool", "GlobalAveragePool"))
+
+
+def int32_bias(low: Lowering) -> int:
+    """Store the bias of Conv and Gemm as int32 with the scale ``s_x * s_w``.
+
+    A Gemm with a float bias and no QuantizeLinear behind it would run in float, dequantizing its
+    weights on every run.
+    """
+    count = 0
+    for layer in low.layers:
+        if layer.bias is None or layer.bias.node is not layer.node:
+            continue
+        if layer.node in low.input_grids and graph.is_constant(layer.bias.value):
+            _quantize_bias(low, layer.bias, low.input_grids[layer.node], low.weight_grids[layer.node])
+            count += 1
+    return count
+
+
+def matmul_bias(low: Lowering) -> int:
+    """Keep the runtime from fusing MatMul and bias into a float Gemm.
+
+    Behind a MatMul of rank 3 and above the bias becomes [1, ..., 1, N], which the fusion does not
+    match; MatMul and Add of rank 2 become one Gemm with an int32 bias.
+    """
+    count = 0
+    for layer in low.layers:
+        if layer.node.op_type != "MatMul" or layer.bias is None:
+            continue
+        if layer.node not in low.input_grids:
+            continue
+        rank = graph.rank_of(layer.output) or graph.rank_of(layer.biased_output)
+        if rank is None:
+            continue
+        bias = graph.constant(layer.bias.value)
+        if rank > 2:
+            shaped = bias.reshape((1,) * (rank - 1) + (-1,))
+            name = f"{layer.bias.value.name}/rank{rank}"
+            layer.bias.read_from(graph.add_constant(low.model, name, shaped))
+        else:
+            _to_gemm(low, layer, bias.reshape(-1))
+        count += 1
+    return count
+
+
+def _to_gemm(low: Lowering, layer: Layer, bias: graph.Array) -> None:
+    add = layer.biased_output.producer()
+    assert add is not None and layer.bias is not None
+    constant = graph.add_constant(low.model, f"{layer.bias.value.name}/flat", bias)
+    output = graph.insert(
+        low.model, "Gemm", [*layer.node.inputs, constant],
+        output=f"{layer.output.name}/gemm", behind=layer.output, like=layer.biased_output,
+    )  # fmt: skip
+    gemm = output.producer()
+    assert gemm is not None
+    graph.redirect(low.model, add.outputs[0], output, keep=lambda _: False)
+    graph.fuse(gemm, layer.node, add)
+    _quantize_bias(low, Use(gemm, 2), low.input_grids[layer.node], low.weight_grids[layer.node])
+
+
+def _quantize_bias(low: Lowering, use: Use, entered: Grid, weight: Grid) -> None:
+    bias = graph.constant(use.value).astype(np.float64).reshape(-1)
+    scale = np.broadcast_to(entered.scale * weight.scale, bias.shape).astype(np.float32)
+    codes = np.rint(bias / scale.astype(np.float64))
+    limit = np.iinfo(np.int32).max
+    low.bias(use, np.clip(codes, -limit, limit).astype(np.int32), np.ascontiguousarray(scale))
+
+
+def _input_grid(low: Lowering, use: Use) -> Grid | None:
+    """The grid for the range that the spec of ``use`` names."""
+    if use.spec is None:
+        return None
+    found = activation_range(low.model, use.value)
+    return None if found is None else unsigned(*found)
+
+
+def unsigned(low: float, high: float) -> Grid:
+    """The uint8 grid of a range; its zero point is 0 where nothing is negative."""
+    scale, zero = numerics.affine(low, high, UINT8, symmetric=False)
+    return Grid(UINT8, scale, zero)
+
+
+DIALECT = rules(
+    keep_float, bias_range, weights, inputs, conv_output, between, int32_bias, matmul_bias
+)
+
+# What the runtime's optimizer turns a layer into, and the precision that it multiplies in.
+INTEGER_KERNELS = {
+    "QLinearConv": "int8", "QLinearMatMul": "int8", "QGemm": "int8", "MatMulIntegerToFloat": "int8",
+    "MatMulInteger": "int8", "ConvInteger": "int8", "DynamicQuantizeMatMul": "int8",
+    "MatMulNBits": "int4 weights",
+}  # fmt: skip
+FLOAT_KERNELS = frozenset(
+    ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose", "Gather")
+)
+

@@ -1,0 +1,9 @@
+"""Models and data to try qcompile on.
+
+* ``fashion``: two small trained models with calibration and test pictures, shipped in the wheel.
+* ``train_fashion``: the script that made them (needs torch).
+* ``fetch``: real models and data from public packages, downloaded on demand and checked.
+* ``public``: those real models as torch modules with calibration data (needs torch).
+
+Importing this package or ``fashion`` loads nothing heavier than numpy.
+"""

@@ -1,0 +1,132 @@
+"""Decide formats, granularity and scales: round to nearest on a searched or min-max range.
+
+The baseline every method is measured against (Nagel et al., arXiv 2106.08295, section 2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile import graph, numerics
+from qcompile.errors import PassError
+from qcompile.graph import Layer
+from qcompile.numerics import Floats, Grid, IntFormat, RangeMethod
+from qcompile.pipeline import Context, Pass, Stats
+from qcompile.spec import TensorSpec
+
+Granularity = Literal["tensor", "channel", "block"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize(Pass):
+    """Write a spec on the weight and the input of every Conv and linear layer.
+
+    ``weight``, ``input``: a format, or ``float``. ``granularity`` is that of weights: one scale a
+    tensor, an output channel, or ``block`` weights along the summed axis of a linear layer.
+    ``method`` searches the range of each scale. Weights are symmetric. An activation gets the format
+    and the name of its calibrated range; the dialect makes scale and zero point of it. ``attention``
+    is the format of both sides of a product of two activations.
+
+    Raises PassError for an unknown format, a glob that matches nothing, or a block that does not
+    divide the weight.
+    """
+
+    name: ClassVar[str] = "quantize"
+    requires: ClassVar[frozenset[str]] = frozenset({"ranges"})
+    produces: ClassVar[frozenset[str]] = frozenset({"specs"})
+
+    weight: str = "int8"
+    input: str = "int8"
+    granularity: Granularity = "channel"
+    block: int = 32
+    method: RangeMethod = "minmax"
+    attention: str = "float"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for form in (self.weight, self.input, self.attention):
+            if form != "float":
+                numerics.parse_format(form)
+        if self.block < 1:
+            raise PassError(f"block must be at least 1, got {self.block}")
+        if self.weight == "float" and self.input != "float":
+            raise PassError("a quantized input needs a quantized weight: no kernel takes only one")
+
+    def weight_formats(self) -> tuple[str, ...]:
+        return (self.weight,)
+
+    def input_formats(self) -> tuple[str, ...]:
+        return (self.input, self.attention)
+
+    def run(self, model: ir.Model, ctx: Context) -> Stats:
+        excluded = {layer.node for layer in graph.select(model, self.exclude, "exclude")}
+        chosen = graph.select(model, self.include, "include") if any(graph.layers(model)) else []
+        chosen = [layer for layer in chosen if layer.node not in excluded]
+        weighted = [la for la in chosen if la.kind in ("conv", "depthwise", "linear", "conv-transpose")]
+        if self.weight != "float":
+            decide_weights(model, weighted, self, ctx)
+        inputs = 0
+        for layer in weighted:
+            if layer.input is not None and self.input != "float":
+                decide_input(layer.input, self.input)
+                inputs += 1
+        products = [layer for layer in chosen if layer.kind == "attention"]
+        if self.attention != "float":
+            for layer in products:
+                assert layer.input is not None
+                decide_input(layer.input, self.attention)
+                decide_input(layer.weight, self.attention)
+        return {
+            "weights": len(weighted) if self.weight != "float" else 0,
+            "inputs": inputs,
+            "products": len(products) if self.attention != "float" else 0,
+        }
+
+
+def decide_input(use: graph.Use, form: str) -> None:
+    """Write the spec of an activation; raise PassError if its range was not calibrated."""
+    name = graph.range_name(use.value)
+    if name is None:
+        raise PassError(f"{use.value.name!r} has no range; calibrate first")
+    use.decide(TensorSpec(form, symmetric=False, range=name))
+
+
+def decide_weights(model: ir.Model, layers: list[Layer], how: Quantize, ctx: Context) -> None:
+    """Write specs and scales of the weights of ``layers``, ranges searched as ``how`` says."""
+    if not layers:
+        return
+    form = numerics.parse_format(how.weight)
+    axes = [_axes(layer, how) for layer in layers]
+    arrays = [graph.constant(layer.weight.value).astype(np.float32) for layer in layers]
+    search = functools.partial(_grid, form=form, method=how.method)
+    jobs = list(zip(arrays, axes, strict=True))
+    grids = ctx.map(search, jobs, "weights") if how.method != "minmax" else list(map(search, jobs))
+    made: dict[tuple[ir.Value, int | None, int | None], TensorSpec] = {}
+    for layer, grid in zip(layers, grids, strict=True):
+        key = (layer.weight.value, grid.axis, grid.block)
+        if key not in made:
+            scale = graph.add_constant(model, f"{layer.weight.value.name}/scale", grid.scale)
+            made[key] = TensorSpec(how.weight, grid.axis, grid.block, scale=scale.name or "")
+        layer.weight.decide(made[key])
+
+
+def _axes(layer: Layer, how: Quantize) -> tuple[int | None, int | None]:
+    """Axis and block of the scales of a weight."""
+    if how.granularity == "tensor":
+        return None, None
+    if how.granularity == "block" and layer.kind == "linear":
+        return layer.reduce_axis, how.block
+    return layer.channel_axis, None
+
+
+def _grid(
+    job: tuple[Floats, tuple[int | None, int | None]], form: IntFormat, method: RangeMethod
+) -> Grid:
+    array, (axis, block) = job
+    return numerics.weight_grid(array, form, axis, block, method=method)

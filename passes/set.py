@@ -1,0 +1,64 @@
+"""Override the decision on single layers, by name: the user's last word before the lowering."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qcompile import graph, numerics, spec
+from qcompile.errors import PassError
+from qcompile.numerics import RangeMethod
+from qcompile.passes.quantize import Granularity, Quantize, decide_input, decide_weights
+from qcompile.pipeline import Context, Pass, Stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Set(Pass):
+    """Decide anew the layers that ``layer`` (globs over node names and operator types) matches.
+
+    ``weight`` and ``input`` are formats, ``float``, or ``keep`` for what is decided already. Raises
+    PassError if a glob matches no layer.
+    """
+
+    name: ClassVar[str] = "set"
+    requires: ClassVar[frozenset[str]] = frozenset({"specs", "ranges"})
+    produces: ClassVar[frozenset[str]] = frozenset({"specs"})
+
+    layer: tuple[str, ...] = ()
+    weight: str = "keep"
+    input: str = "keep"
+    granularity: Granularity = "channel"
+    block: int = 32
+    method: RangeMethod = "minmax"
+
+    def __post_init__(self) -> None:
+        if not self.layer:
+            raise PassError("set needs layer=GLOB")
+        for form in (self.weight, self.input):
+            if form not in ("float", "keep"):
+                numerics.parse_format(form)
+
+    def weight_formats(self) -> tuple[str, ...]:
+        return () if self.weight == "keep" else (self.weight,)
+
+    def input_formats(self) -> tuple[str, ...]:
+        return () if self.input == "keep" else (self.input,)
+
+    def run(self, model: ir.Model, ctx: Context) -> Stats:
+        chosen = graph.select(model, self.layer, "layer")
+        for layer in chosen:
+            if self.weight == "float":
+                layer.weight.decide(None)
+            if layer.input is not None and self.input == "float":
+                layer.input.decide(None)
+            elif layer.input is not None and self.input != "keep":
+                decide_input(layer.input, self.input)
+            if not spec.all_specs(layer.node):
+                layer.node.metadata_props[graph.REASON] = f"{self}"
+        if self.weight not in ("float", "keep"):
+            weighted = [layer for layer in chosen if graph.is_constant(layer.weight.value)]
+            how = Quantize(self.weight, "float", self.granularity, self.block, self.method)
+            decide_weights(model, weighted, how, ctx)
+        return {"layers": len(chosen)}

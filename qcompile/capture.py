@@ -1,0 +1,257 @@
+"""A model from ONNX or torch.export as a graph IR: named, sorted, checked, at a known opset.
+
+Capture repairs what every later step relies on: unique names, topological order, constants as
+initializers, functions inlined, shapes inferred. It changes no arithmetic. Names of the user are
+kept; only empty and duplicate ones are replaced. From torch, names are module paths, and BatchNorm
+is kept (torch's own exporter would fold it unless told not to).
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import io
+import logging
+import os
+import pathlib
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import optimizer
+
+from qcompile import graph
+from qcompile.errors import CaptureError
+
+# The names that torch's exporter makes up, such as val_12.
+_COUNTED = re.compile(r"val_\d+|_val_\d+")
+OLDEST_OPSET, NEWEST_OPSET = 17, 25
+# The opset of what torch.export captures: old enough for every target, new enough for 4-bit types.
+TORCH_OPSET = 21
+# Operators that only an already quantized model has.
+_QUANTIZED = {
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger",
+    "QLinearConv", "QLinearMatMul", "QGemm", "QLinearAdd", "MatMulNBits", "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul", "QAttention", "TRT_FP4DynamicQuantize",
+}  # fmt: skip
+
+
+def capture(source: str | os.PathLike[str] | ir.Model | Any) -> ir.Model:
+    """Read a model and repair it.
+
+    Args:
+        source: the path of an ``.onnx`` file; the text ``package.module:factory``; an
+            ``onnx_ir.Model`` or ``onnx.ModelProto``; or what a factory may return (below).
+
+    A factory takes no arguments and returns a ``torch.export.ExportedProgram``, or
+    ``(module, example_inputs)``, or ``(module, example_inputs, dynamic_shapes)`` with
+    ``example_inputs`` a tuple, or a dict by argument name, of tensors, and ``dynamic_shapes`` as
+    torch.export takes it.
+
+    Raises:
+        CaptureError: the file is missing or unreadable, the opset is not supported, the export
+            failed, or the model is quantized already.
+    """
+    if isinstance(source, ir.Model):
+        return _repair(source.clone())
+    if isinstance(source, onnx.ModelProto):
+        return _repair(ir.from_proto(source))
+    if isinstance(source, str | os.PathLike):
+        text = os.fspath(source)
+        if ":" in text and not pathlib.Path(text).exists() and not text.endswith(".onnx"):
+            return _repair(_from_torch(load_object(text, "model")))
+        return _repair(_from_file(pathlib.Path(text)))
+    return _repair(_from_torch(source))
+
+
+def load_object(text: str, what: str) -> Any:
+    """The object that ``package.module:name`` names; called if it is a function.
+
+    Raises CaptureError, in the user's words, if module or name do not exist.
+    """
+    module_name, _, attribute = text.partition(":")
+    if not module_name or not attribute:
+        raise CaptureError(f"{what} {text!r} is not of the form package.module:name")
+    # The command line is started by a script, so the user's own folder is not on the path yet.
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        missing = getattr(error, "name", None) or module_name
+        hint = "; pip install 'qcompile[torch]'" if missing == "torch" else ""
+        raise CaptureError(f"{what} {text!r}: cannot import {missing!r}: {error}{hint}") from error
+    if not hasattr(module, attribute):
+        public = [name for name in vars(module) if not name.startswith("_")]
+        raise CaptureError(f"{what} {text!r}: {module_name} has no {attribute!r}; it has {public}")
+    return getattr(module, attribute)
+
+
+def _from_file(path: pathlib.Path) -> ir.Model:
+    if not path.exists():
+        raise CaptureError(f"there is no file {str(path)!r}")
+    if path.is_dir():
+        raise CaptureError(f"{str(path)!r} is a folder; name the .onnx file")
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf, onnx-ir and numpy each raise their own kinds
+        raise CaptureError(f"{str(path)!r} is not a readable ONNX model: {error}") from error
+    if not model.graph.outputs:
+        raise CaptureError(f"{str(path)!r} is not an ONNX model: its graph has no outputs")
+    return model
+
+
+def _repair(model: ir.Model) -> ir.Model:
+    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
+    if opset is None:
+        raise CaptureError("the model imports no ONNX opset")
+    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+        raise CaptureError(
+            f"opset {opset} is not supported; export the model at one of "
+            f"{OLDEST_OPSET} to {NEWEST_OPSET}"
+        )
+    for node in model.graph.all_nodes():
+        if node.op_type in _QUANTIZED:
+            raise CaptureError(
+                f"the model is quantized already: node {node.name!r} is {node.op_type}; "
+                "start from the float model"
+            )
+    try:
+        common.InlinePass()(model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
+        common.RemoveInitializersFromInputsPass()(model)
+        model.graph.sort()
+        _fill_names(model)
+        common.ShapeInferencePass()(model)
+    except Exception as error:  # whatever an odd model makes these raise, it is the model's fault
+        raise CaptureError(f"the model cannot be repaired: {error}") from error
+    graph.remove_dead(model)
+    found = graph.findings(model)
+    if any(" reads " in f or "two values" in f or "written by nothing" in f for f in found):
+        raise CaptureError(f"the model is broken: {found[0]}")
+    for layer in graph.layers(model):
+        graph.set_origins(layer.node, [layer.name])
+    return model
+
+
+def _fill_names(model: ir.Model) -> None:
+    """Give every node and value a unique, readable name; keep the user's where they are unique."""
+    seen_values: set[str] = {v.name or "" for v in (*model.graph.inputs, *model.graph.outputs)}
+    ports = {id(v) for v in (*model.graph.inputs, *model.graph.outputs)}
+    seen_values |= set(model.graph.initializers)
+    seen_nodes: set[str] = set()
+
+    def free(name: str, taken: set[str]) -> str:
+        candidate, count = name, 0
+        while not candidate or candidate in taken:
+            count += 1
+            candidate = f"{name}.{count}"
+        taken.add(candidate)
+        return candidate
+
+    for node in model.graph.all_nodes():
+        first = node.outputs[0].name if node.outputs and node.outputs[0].name else ""
+        node.name = free(node.name or first or node.op_type, seen_nodes)
+        for position, value in enumerate(node.outputs):
+            # An empty name means an output that is left out, which only the first cannot be.
+            if id(value) in ports or (not value.name and not value.uses()):
+                continue
+            suffix = f".{position}" if position else ""
+            value.name = free(value.name or f"{node.name}{suffix}", seen_values)
+
+
+# -- torch --------------------------------------------------------------------------------------
+
+
+def _from_torch(source: Any) -> ir.Model:
+    try:
+        import torch
+    except ImportError as error:
+        raise CaptureError("a torch model needs torch: pip install 'qcompile[torch]'") from error
+    if callable(source) and not isinstance(source, torch.nn.Module):
+        source = source()
+    try:
+        with _quiet():
+            program = source
+            if not isinstance(source, torch.export.ExportedProgram):
+                module, example, *shapes = source
+                args = () if isinstance(example, dict) else tuple(example)
+                kwargs = example if isinstance(example, dict) else None
+                program = torch.export.export(
+                    module.eval(), args, kwargs, dynamic_shapes=shapes[0] if shapes else None
+                )
+            exported = torch.onnx.export(
+                program, dynamo=True, optimize=False, opset_version=TORCH_OPSET, verbose=False
+            )
+            assert exported is not None
+            model: ir.Model = exported.model
+    except (TypeError, ValueError) as error:
+        if isinstance(source, tuple | torch.export.ExportedProgram):
+            raise CaptureError(f"torch.export failed: {_first_line(error)}") from error
+        raise CaptureError(
+            "a factory must return (module, example_inputs), (module, example_inputs, "
+            f"dynamic_shapes) or an ExportedProgram, not {type(source).__name__}"
+        ) from error
+    except Exception as error:  # torch raises dozens of types for what it cannot export
+        raise CaptureError(f"torch.export failed: {_first_line(error)}") from error
+    optimizer.fold_constants(model)
+    common.IdentityEliminationPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
+    common.RemoveUnusedNodesPass()(model)
+    _module_names(model)
+    for node in model.graph.all_nodes():  # stack traces hold paths of the machine
+        for key in [k for k in node.metadata_props if k.startswith(("pkg.torch", "namespace"))]:
+            del node.metadata_props[key]
+    return model
+
+
+def _module_names(model: ir.Model) -> None:
+    """Name nodes by module path, as in ``layer1.0.conv1/Conv``, and their values like them."""
+    ports = {id(v) for v in (*model.graph.inputs, *model.graph.outputs)}
+    taken = {v.name or "" for v in (*model.graph.inputs, *model.graph.outputs)}
+    taken |= {name for name in model.graph.initializers if not _COUNTED.fullmatch(name)}
+
+    def free(name: str) -> str:
+        candidate, count = name, 0
+        while candidate in taken:
+            count += 1
+            candidate = f"{name}.{count}"
+        taken.add(candidate)
+        return candidate
+
+    for node in model.graph:
+        path = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+        parts = [p for p in ast.literal_eval(path) if p] if path else []
+        module = parts[-2] if len(parts) > 1 else ""
+        name = free(f"{module}/{node.op_type}" if module else node.op_type)
+        node.name = name
+        for position, value in enumerate(node.outputs):
+            if id(value) not in ports:
+                value.name = free(f"{name}.{position}") if position else name
+        for position, value in enumerate(node.inputs):
+            # Constants that the exporter computed carry a number that shifts with every change.
+            if value is not None and value.is_initializer() and _COUNTED.fullmatch(value.name or ""):
+                value.name = free(f"{name}.{position}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's own progress and warnings off the terminal while it exports."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

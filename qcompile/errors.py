@@ -1,0 +1,63 @@
+"""Every error that qcompile raises on purpose.
+
+    QCompileError            something the user can put right; shown without a traceback
+      PipelineSyntaxError    a pipeline or target text that cannot be read; points at the column
+      CaptureError           a model that cannot be read or captured
+      CalibrationError       calibration data that is missing or does not fit the model
+      PassError              a pass was asked for what cannot be had
+      TargetError            a target cannot hold a format, or a runtime refused the file
+      RequirementError       the result misses what the user required (--require-fused, ...)
+    VerifyError              a pass broke the graph: a bug of ours
+
+Anything else that escapes is a bug too and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QCompileError(Exception):
+    """Base of what the user can put right: says what was wrong, the value, and what to do."""
+
+
+class PipelineSyntaxError(QCompileError):
+    """A text that cannot be read. ``column`` counts from 0; the message shows a caret below it."""
+
+    def __init__(self, message: str, text: str, column: int) -> None:
+        self.text = text
+        self.column = column
+        super().__init__(f"{message}\n  {text}\n  {' ' * column}^")
+
+
+class CaptureError(QCompileError):
+    """A model that cannot be read, exported or repaired."""
+
+
+class CalibrationError(QCompileError):
+    """Calibration data that is missing, empty, or does not fit the inputs of the model."""
+
+
+class PassError(QCompileError):
+    """A pass was asked for what cannot be had, such as a block size that does not exist."""
+
+
+class TargetError(QCompileError):
+    """A target cannot hold what was decided, or its runtime refused the lowered model."""
+
+
+class RequirementError(QCompileError):
+    """The model was compiled, but misses a requirement of the user (exit code 3)."""
+
+
+class VerifyError(Exception):
+    """A pass left the graph broken. A bug of the pass, never the user's mistake."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Hint for an unknown word: the nearest known one, then all of them."""
+    words = sorted(known)
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known are {', '.join(words)}"

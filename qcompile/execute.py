@@ -1,0 +1,124 @@
+"""Running a graph in ONNX Runtime: the one place that touches its untyped Python interface."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from qcompile.errors import TargetError
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+
+# Protobuf cannot hold 2 GiB; above this a model goes through a file with external data.
+_IN_MEMORY_BYTES = 1 << 30
+
+
+class Session:
+    """A graph that ONNX Runtime runs on the CPU.
+
+    Args:
+        model: the graph, or the path of a file.
+        optimize: whether the runtime may rewrite the graph.
+        threads: threads inside an operator.
+        save_optimized: where to write the graph as optimized.
+
+    Raises TargetError if the runtime refuses the model.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model | str | os.PathLike[str],
+        *,
+        optimize: bool = True,
+        threads: int | None = None,
+        save_optimized: str | os.PathLike[str] | None = None,
+    ) -> None:
+        options: Any = ort.SessionOptions()
+        options.log_severity_level = 4
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if save_optimized is not None:
+            options.optimized_model_filepath = os.fspath(save_optimized)
+        self._stack = contextlib.ExitStack()
+        try:
+            source = self._source(model)
+            session: Any = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the binding raises a dozen types that share no base
+            self._stack.close()
+            raise TargetError(f"ONNX Runtime refuses the model: {str(error).strip()}") from error
+        self._session = session
+        self.inputs: tuple[str, ...] = tuple(i.name for i in session.get_inputs())
+        self.outputs: tuple[str, ...] = tuple(o.name for o in session.get_outputs())
+
+    def _source(self, model: ir.Model | str | os.PathLike[str]) -> str | bytes:
+        if not isinstance(model, ir.Model):
+            return os.fspath(model)
+        if weight_bytes(model) < _IN_MEMORY_BYTES:
+            return ir.to_proto(model).SerializeToString()
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompile-"))
+        path = pathlib.Path(folder) / "model.onnx"
+        save(model, path)
+        return str(path)
+
+    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """The values of ``outputs`` (all if None) for ``feeds``."""
+        names = list(self.outputs if outputs is None else outputs)
+        if not names:
+            return {}
+        kept = {name: feeds[name] for name in self.inputs}
+        try:
+            results: list[Array] = self._session.run(names, kept)
+        except Exception as error:  # see above
+            raise TargetError(f"ONNX Runtime fails to run the model: {error}") from error
+        return dict(zip(names, results, strict=True))
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers of the main graph as stored."""
+    return sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
+
+
+def save(model: ir.Model, path: pathlib.Path) -> None:
+    """Write ``model`` to ``path``; large models keep their weights in ``<path>.data`` beside it."""
+    if weight_bytes(model) < _IN_MEMORY_BYTES:
+        ir.save(model, path)
+    else:
+        ir.save(model, path, external_data=f"{path.name}.data")
+
+
+def fetch(model: ir.Model, values: Sequence[str]) -> ir.Model:
+    """A clone of ``model`` whose outputs are ``values``, names of its main graph."""
+    clone = model.clone()
+    by_name = {v.name: v for v in (*clone.graph.inputs, *clone.graph.initializers.values())}
+    by_name |= {v.name: v for node in clone.graph for v in node.outputs}
+    clone.graph.outputs.clear()
+    clone.graph.outputs.extend(by_name[name] for name in values)
+    return clone
+
+
+def execute(model: ir.Model, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, Array]:
+    """Run ``model`` once without optimizations; ``outputs`` may name any value of its main graph."""
+    wanted = model if outputs is None else fetch(model, outputs)
+    return Session(wanted, optimize=False).run(feeds)
+
+
+def as_float(array: Array) -> npt.NDArray[np.float32]:
+    """``array`` as float32."""
+    return np.asarray(array, np.float32)

@@ -1,0 +1,533 @@
+"""The few things every pass needs of a graph: its layers, its uses, and the shared edits.
+
+Passes ask ``layers(model)`` what can be quantized and never scan for operator types. All edits go
+through this file, because they carry what onnx-ir does not know: the *origin* of a node (the ids of
+the captured layers that it stands for) and the specs on its inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qcompile import spec
+from qcompile.errors import PassError, VerifyError, nearest
+from qcompile.spec import TensorSpec
+
+ORIGIN = "qcompile.origin"
+REASON = "qcompile.reason"
+ROLE = "qcompile.role"
+
+Array = npt.NDArray[Any]
+Kind = Literal["conv", "depthwise", "conv-transpose", "linear", "attention", "embedding"]
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Operators that only move or relabel elements, so that a constant can be read through them.
+_SEEN_THROUGH = {"Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze"}
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """Input ``index`` of ``node``: the place that a spec belongs to."""
+
+    node: ir.Node
+    index: int
+
+    @property
+    def value(self) -> ir.Value:
+        """The value that is read here."""
+        value = self.node.inputs[self.index]
+        assert value is not None
+        return value
+
+    @property
+    def spec(self) -> TensorSpec | None:
+        """The decision on this use; None is float."""
+        return spec.read(self.node, self.index)
+
+    @spec.setter
+    def spec(self, decided: TensorSpec | None) -> None:
+        spec.write(self.node, self.index, decided)
+
+    def decide(self, decided: TensorSpec | None) -> None:
+        """Write the decision on this use."""
+        spec.write(self.node, self.index, decided)
+
+    def read_from(self, value: ir.Value) -> None:
+        """Make this use read ``value``; its spec stays."""
+        self.node.replace_input_with(self.index, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """An operator that can be quantized.
+
+    ``kind``: ``conv``, ``depthwise`` (one input channel a group), ``conv-transpose``, ``linear``
+    (MatMul or Gemm with a constant weight), ``attention`` (MatMul of two activations),
+    ``embedding`` (Gather of rows of a constant table). ``input`` is None for an embedding;
+    ``weight`` is the second activation for ``attention``. ``bias`` is the use that adds a constant
+    bias: input 2 of a Conv or Gemm, or the constant side of an Add behind a MatMul.
+    """
+
+    node: ir.Node
+    kind: Kind
+    input: Use | None
+    weight: Use
+    bias: Use | None
+
+    @property
+    def name(self) -> str:
+        """The name of the node, by which users and reports call the layer."""
+        return self.node.name or ""
+
+    @property
+    def output(self) -> ir.Value:
+        """What the layer writes, before a bias that is a node of its own."""
+        return self.node.outputs[0]
+
+    @property
+    def biased_output(self) -> ir.Value:
+        """What the layer writes, after its bias."""
+        node = self.node if self.bias is None else self.bias.node
+        return node.outputs[0]
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the weight that is the output channel (the row, for an embedding)."""
+        rank = shape_of(self.weight.value)
+        if self.kind == "conv-transpose":
+            return 1
+        if self.kind in ("conv", "depthwise", "embedding"):
+            return 0
+        if self.node.op_type == "Gemm":
+            return 0 if attribute(self.node, "transB", 0) else 1
+        return -1 if rank is None else len(rank) - 1
+
+    @property
+    def reduce_axis(self) -> int:
+        """The axis of the weight that is summed over (the column, for an embedding)."""
+        if self.kind == "conv-transpose":
+            return 0
+        if self.kind in ("conv", "depthwise", "embedding"):
+            return 1
+        return 1 - self.channel_axis if self.node.op_type == "Gemm" else self.channel_axis - 1
+
+    def macs(self, shapes: Shapes) -> int:
+        """Multiply-accumulates for values of ``shapes``; 0 for an embedding or if unknown."""
+        out = shapes.get(self.output.name or "")
+        weight = shape_of(self.weight.value) or shapes.get(self.weight.value.name or "")
+        if out is None or weight is None or self.kind == "embedding":
+            return 0
+        if self.kind in ("conv", "depthwise"):
+            return math.prod(out) * math.prod(weight[1:])
+        if self.kind == "conv-transpose":
+            entered = shapes.get(self.input.value.name or "") if self.input else None
+            return 0 if entered is None else math.prod(entered) * math.prod(weight[1:])
+        return math.prod(out) * weight[self.reduce_axis]
+
+
+def layers(model: ir.Model) -> Iterator[Layer]:
+    """The layers of the main graph, in its order. Bodies of control flow are not entered."""
+    for node in model.graph:
+        layer = layer_of(node)
+        if layer is not None:
+            yield layer
+
+
+def layer_of(node: ir.Node) -> Layer | None:
+    """The layer that ``node`` is, or None. A node with a ``role`` (an inserted rotation) is none."""
+    if node.domain not in ("", "ai.onnx") or ROLE in node.metadata_props or len(node.inputs) < 2:
+        return None
+    first, second = node.inputs[0], node.inputs[1]
+    if first is None or second is None or node.outputs[0].dtype not in (*_FLOATS, None):
+        return None
+    weight = shape_of(second) if is_constant(second) else None
+    bias = Use(node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    if node.op_type in ("Conv", "ConvTranspose") and weight is not None and not is_constant(first):
+        kind: Kind = "conv" if node.op_type == "Conv" else "conv-transpose"
+        if kind == "conv" and weight[1] == 1 and attribute(node, "group", 1) > 1:
+            kind = "depthwise"
+        return Layer(node, kind, Use(node, 0), Use(node, 1), bias)
+    if node.op_type == "Gemm" and weight is not None and not is_constant(first):
+        return Layer(node, "linear", Use(node, 0), Use(node, 1), bias)
+    if node.op_type == "MatMul" and not is_constant(first):
+        if weight is not None and len(weight) == 2:
+            return Layer(node, "linear", Use(node, 0), Use(node, 1), _added_bias(node))
+        if not is_constant(second):
+            return Layer(node, "attention", Use(node, 0), Use(node, 1), None)
+    if node.op_type == "Gather" and attribute(node, "axis", 0) == 0 and not is_constant(second):
+        table = shape_of(first)
+        if is_constant(first) and table is not None and len(table) == 2 and is_float(first):
+            return Layer(node, "embedding", None, Use(node, 0), None)
+    return None
+
+
+def _added_bias(matmul: ir.Node) -> Use | None:
+    """The constant operand of an Add that is the only reader of ``matmul``, if it is a bias."""
+    readers = matmul.outputs[0].uses()
+    if len(readers) != 1 or matmul.outputs[0].is_graph_output():
+        return None
+    add, index = readers[0]
+    other = add.inputs[1 - index] if add.op_type == "Add" and len(add.inputs) == 2 else None
+    if other is None or not is_constant(other) or add.graph is not matmul.graph:
+        return None
+    shape = shape_of(other)
+    if shape is None or not shape or any(d != 1 for d in shape[:-1]):
+        return None
+    return Use(add, 1 - index)
+
+
+def select(model: ir.Model, globs: Sequence[str], option: str) -> list[Layer]:
+    """The layers whose name or operator type matches one of ``globs``.
+
+    Raises PassError for a glob that matches nothing, naming the nearest layer.
+    """
+    known = list(layers(model))
+    for glob in globs:
+        if not any(matches(layer.node, glob) for layer in known):
+            names = [layer.name for layer in known]
+            hint = nearest(glob, names) if len(names) <= 12 else nearest(glob, names).split("?")[0]
+            raise PassError(f"{option}={glob} matches no layer; {hint}")
+    return [layer for layer in known if any(matches(layer.node, glob) for glob in globs)]
+
+
+def matches(node: ir.Node, glob: str) -> bool:
+    """Whether ``glob`` fits the name or the operator type of ``node``."""
+    return fnmatch.fnmatchcase(node.name or "", glob) or fnmatch.fnmatchcase(node.op_type, glob)
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+def attribute(node: ir.Node, name: str, default: Any) -> Any:
+    """The value of an attribute of ``node``, or ``default``."""
+    found = node.attributes.get(name)
+    return default if found is None else found.value
+
+
+def shape_of(value: ir.Value) -> tuple[int, ...] | None:
+    """The shape of ``value`` if every dimension is known."""
+    if value.shape is None or not all(isinstance(d, int) for d in value.shape):
+        return None
+    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+
+
+def rank_of(value: ir.Value) -> int | None:
+    """The number of dimensions of ``value`` if it is known."""
+    return None if value.shape is None else len(value.shape)
+
+
+def is_float(value: ir.Value) -> bool:
+    """Whether ``value`` holds floating-point numbers."""
+    return value.dtype in _FLOATS
+
+
+def is_constant(value: ir.Value) -> bool:
+    """Whether ``value`` is an initializer (not an input), or one seen through moving operators."""
+    node = value.producer()
+    if node is None:
+        return value.const_value is not None and not value.is_graph_input()
+    if node.op_type == "Constant":
+        return True
+    if node.op_type not in _SEEN_THROUGH or node.domain not in ("", "ai.onnx"):
+        return False
+    return all(v is None or is_constant(v) for v in node.inputs)
+
+
+def constant(value: ir.Value) -> Array:
+    """The array of a value for which ``is_constant`` holds."""
+    node = value.producer()
+    if node is None:
+        assert value.const_value is not None, value.name
+        return value.const_value.numpy()
+    if node.op_type == "Constant":
+        tensor = ir.convenience.get_const_tensor(value)
+        assert tensor is not None
+        return tensor.numpy()
+    array, *rest = [constant(v) for v in node.inputs if v is not None]
+    if node.op_type == "Transpose":
+        return array.transpose(attribute(node, "perm", list(range(array.ndim))[::-1]))
+    if node.op_type == "Reshape":
+        shape = [array.shape[i] if d == 0 else int(d) for i, d in enumerate(rest[0])]
+        return array.reshape(shape)
+    if node.op_type == "Cast":
+        return array.astype(ir.DataType(attribute(node, "to", 1)).numpy())
+    if node.op_type == "Squeeze":
+        return np.squeeze(array, axis=tuple(int(a) for a in rest[0]) if rest else None)
+    if node.op_type == "Unsqueeze":
+        return np.expand_dims(array, tuple(int(a) for a in rest[0]))
+    return array
+
+
+def origins(node: ir.Node) -> tuple[str, ...]:
+    """The ids of the captured layers that ``node`` stands for; none for a node of ours."""
+    text = node.metadata_props.get(ORIGIN)
+    return tuple(json.loads(text)) if text else ()
+
+
+def tensor_digest(tensor: ir.TensorProtocol) -> str:
+    """A hash of type, shape and bytes; computed once for each tensor object."""
+    meta: Any = getattr(tensor, "meta", None)
+    if meta is not None and "qcompile.digest" in meta:
+        return str(meta["qcompile.digest"])
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.tobytes())
+    if meta is not None:
+        meta["qcompile.digest"] = digest.hexdigest()
+    return digest.hexdigest()
+
+
+# -- editing ------------------------------------------------------------------------------------
+
+
+def set_origins(node: ir.Node, ids: Iterable[str]) -> None:
+    """Say which captured layers ``node`` stands for (sorted, without repetition)."""
+    kept = sorted(set(ids))
+    if kept:
+        node.metadata_props[ORIGIN] = json.dumps(kept)
+    else:
+        node.metadata_props.pop(ORIGIN, None)
+
+
+def unique(model: ir.Model, name: str) -> str:
+    """``name``, or ``name.1``, ``name.2``, ... : the first that no value of the graph has."""
+    return _free(name, _value_names(model))
+
+
+def _value_names(model: ir.Model) -> set[str]:
+    # Kept on the model, because collecting the names anew for every edit is quadratic. Names that
+    # are gone stay reserved, which is what a reader of the graph's history would want anyway.
+    names = model.meta.get("qcompile.names")
+    if names is None:
+        names = {v.name for v in _values(model) if v.name}
+        model.meta["qcompile.names"] = names
+    return names
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    yield from model.graph.initializers.values()
+    for node in model.graph.all_nodes():
+        yield from node.outputs
+        for attr in node.attributes.values():
+            if attr.type == ir.AttributeType.GRAPH:
+                yield from attr.value.inputs
+                yield from attr.value.initializers.values()
+
+
+def unique_node(model: ir.Model, name: str) -> str:
+    """``name``, or ``name.1``, ... : the first that no node of the graph has."""
+    taken = model.meta.get("qcompile.nodes")
+    if taken is None:
+        taken = {n.name for n in model.graph.all_nodes()}
+        model.meta["qcompile.nodes"] = taken
+    return _free(name, taken)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}.{count}"
+    taken.add(candidate)
+    return candidate
+
+
+def add_constant(model: ir.Model, name: str, array: Array | ir.TensorProtocol) -> ir.Value:
+    """A new initializer of the main graph, named ``name`` or the next free name like it."""
+    tensor = ir.Tensor(array) if isinstance(array, np.ndarray) else array
+    value = ir.Value(
+        name=unique(model, name),
+        shape=ir.Shape(tuple(tensor.shape)),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    tensor.name = value.name
+    model.graph.register_initializer(value)
+    return value
+
+
+def insert(
+    model: ir.Model,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, Any] | None = None,
+    *,
+    output: str,
+    before: ir.Node | None = None,
+    behind: ir.Value | None = None,
+    like: ir.Value | None = None,
+    role: str = "",
+) -> ir.Value:
+    """Insert a node with one output and return that output.
+
+    It stands before the node ``before``, or right behind what writes the value ``behind``.
+    ``output`` names the value (made unique; the node gets the same name); ``like`` is a value whose
+    type and shape the output shares; ``role`` marks a node that is no layer, such as ``rotation``.
+    """
+    value = ir.Value(name=unique(model, output))
+    if like is not None:
+        value.type, value.shape = like.type, like.shape
+    node = ir.Node(
+        "",
+        op_type,
+        inputs,
+        attributes=ir.convenience.convert_attributes(attributes or {}),
+        outputs=[value],
+        name=unique_node(model, value.name or output),
+    )
+    if role:
+        node.metadata_props[ROLE] = role
+    writer = behind.producer() if behind is not None else None
+    if writer is not None:
+        model.graph.insert_after(writer, node)
+    else:
+        model.graph.insert_before(before if before is not None else model.graph[0], node)
+    return value
+
+
+def fuse(into: ir.Node, *gone: ir.Node) -> None:
+    """Let ``into`` stand for the nodes ``gone`` as well; they are dead afterwards.
+
+    Readers of the last of ``gone`` must have been moved to ``into`` by the caller.
+    """
+    set_origins(into, [*origins(into), *(o for node in gone for o in origins(node))])
+
+
+def redirect(model: ir.Model, old: ir.Value, new: ir.Value, keep: Callable[[Use], bool]) -> None:
+    """Make every reader of ``old`` for which ``keep`` is false read ``new`` instead.
+
+    If ``old`` is an output of the graph, ``new`` takes its place and its name, so that names of
+    graph outputs never change.
+    """
+    for node, index in list(old.uses()):
+        if not keep(Use(node, index)):
+            node.replace_input_with(index, new)
+    for position, output in enumerate(model.graph.outputs):
+        if output is old:
+            name = old.name
+            old.name = unique(model, f"{name}/inner")
+            new.name = name
+            new.type, new.shape = old.type, old.shape
+            model.graph.outputs[position] = new
+
+
+def remove_dead(model: ir.Model) -> int:
+    """Remove nodes that nothing reads, and initializers that neither a node nor a spec names.
+
+    Returns the number of nodes removed.
+    """
+    before = model.graph.num_nodes()
+    for node in reversed(list(model.graph)):
+        if not any(v.uses() or v.is_graph_output() for v in node.outputs):
+            model.graph.remove(node, safe=True)
+    named = {name for node in model.graph for s in spec.all_specs(node).values() for name in s.arrays()}
+    named |= {n for v in _values(model) if (n := range_name(v)) is not None}
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output() and name not in named:
+            if value in model.graph.inputs:
+                continue
+            del model.graph.initializers[name]
+    return before - model.graph.num_nodes()
+
+
+# -- ranges of activations ----------------------------------------------------------------------
+
+RANGE = "qcompile.range"
+
+
+def range_name(value: ir.Value) -> str | None:
+    """The name of the initializer with the calibrated range of ``value``, if it was calibrated."""
+    return value.metadata_props.get(RANGE)
+
+
+def range_of(model: ir.Model, value: ir.Value) -> tuple[float, float] | None:
+    """The calibrated range of ``value``, or None."""
+    name = range_name(value)
+    if name is None:
+        return None
+    low, high = constant(model.graph.initializers[name])
+    return float(low), float(high)
+
+
+def set_range(model: ir.Model, value: ir.Value, low: float, high: float) -> None:
+    """Write the calibrated range of ``value`` as the initializer ``<value>/range``."""
+    array = np.array([low, high], np.float32)
+    name = range_name(value)
+    if name is not None:
+        model.graph.initializers[name].const_value = ir.Tensor(array, name=name)
+        return
+    value.metadata_props[RANGE] = add_constant(model, f"{value.name}/range", array).name or ""
+
+
+def clear_ranges(model: ir.Model) -> None:
+    """Forget every calibrated range."""
+    for value in _values(model):
+        value.metadata_props.pop(RANGE, None)
+
+
+# -- verification -------------------------------------------------------------------------------
+
+
+def findings(model: ir.Model) -> list[str]:
+    """What is wrong with the graph, in our words, then ONNX's own full check; empty if nothing."""
+    found: list[str] = []
+    known: set[str] = set()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        if value.name in known and value not in model.graph.inputs:
+            found.append(f"two values are named {value.name!r}")
+        known.add(value.name or "")
+    names: set[str] = set()
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and value.name not in known:
+                found.append(f"node {node.name!r} reads {value.name!r} before anything writes it")
+        for value in node.outputs:
+            if value.name and value.name in known:
+                found.append(f"two values are named {value.name!r}")
+            known.add(value.name or "")
+        if node.name in names:
+            found.append(f"two nodes are named {node.name!r}")
+        names.add(node.name or "")
+        for index, decided in spec.all_specs(node).items():
+            if index >= len(node.inputs) or node.inputs[index] is None:
+                found.append(f"node {node.name!r} has a spec on input {index}, which is not there")
+            for array in decided.arrays():
+                if array not in model.graph.initializers:
+                    found.append(f"a spec of node {node.name!r} names {array!r}, which is lost")
+    for value in model.graph.outputs:
+        if value.name not in known:
+            found.append(f"output {value.name!r} is written by nothing")
+    return found or _onnx_findings(model)
+
+
+def _onnx_findings(model: ir.Model) -> list[str]:
+    try:
+        common.CheckerPass(full_check=True)(model.clone())
+    except Exception as error:  # the checker raises many types; each is a finding, none is ours
+        cause = error.__cause__ or error
+        return [str(cause).strip().splitlines()[0]]
+    return []
+
+
+def verify(model: ir.Model, known: Sequence[str] = (), origin_ids: Iterable[str] = ()) -> None:
+    """Raise VerifyError for a finding that is not among ``known``, or a layer lost without trace.
+
+    ``origin_ids`` are the captured layers that some node must still stand for.
+    """
+    new = [finding for finding in findings(model) if finding not in known]
+    present = {o for node in model.graph for o in origins(node)}
+    new += [f"the captured layer {o!r} is lost" for o in origin_ids if o not in present]
+    if new:
+        raise VerifyError("; ".join(new[:5]))

@@ -1,0 +1,291 @@
+"""Number formats: grids, range search, quantize, dequantize, pack.
+
+Every format of qcompile lives here; simulation and packing use these functions, so that what is
+measured is what is written. The grid is that of the ONNX operators QuantizeLinear and
+DequantizeLinear: ``code = clip(rint(x / scale) + zero_point, low, high)`` with ties to even, in
+float32, and ``value = (code - zero_point) * scale``.
+
+Scales and zero points have the shape that the operators want: ``()`` for one a tensor, ``[C]``
+along ``axis`` for one a channel, and the shape of the array with ``axis`` divided by ``block`` for
+one a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Literal, TypeVar, get_args
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.errors import PassError
+
+Floats = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.int32]
+Number = TypeVar("Number", np.float32, np.int32)
+RangeMethod = Literal["minmax", "percentile", "mse", "pnorm"]
+RANGE_METHODS: tuple[str, ...] = get_args(RangeMethod)
+
+# The smallest normal float32: a smaller scale would turn a division into infinities.
+SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+# The shrink factors that the range searches try; 1 first, so that a tie keeps the full range.
+SHRINKS = tuple(float(s) for s in np.linspace(1.0, 0.3, 71))
+
+
+@dataclasses.dataclass(frozen=True)
+class IntFormat:
+    """A grid of whole numbers of ``bits`` (2 to 8), signed (two's complement) or unsigned."""
+
+    bits: int
+    signed: bool
+
+    @property
+    def name(self) -> str:
+        """The text form, such as ``int8`` or ``uint4``."""
+        return f"{'' if self.signed else 'u'}int{self.bits}"
+
+    @property
+    def low(self) -> int:
+        """The smallest code."""
+        return -(1 << (self.bits - 1)) if self.signed else 0
+
+    @property
+    def high(self) -> int:
+        """The largest code."""
+        return (1 << (self.bits - (1 if self.signed else 0))) - 1
+
+    @property
+    def stored(self) -> IntFormat:
+        """The format that holds these codes in a file: 4 bits up to 4, else 8."""
+        return IntFormat(4 if self.bits <= 4 else 8, self.signed)
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """The ONNX type that the codes are stored in."""
+        return ir.DataType[self.stored.name.upper()]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def parse_format(text: str) -> IntFormat:
+    """Read ``int2`` to ``int8`` or ``uint2`` to ``uint8``; raise PassError for anything else."""
+    match = re.fullmatch(r"(u?)int([2-8])", text)
+    if match is None:
+        raise PassError(f"unknown format {text!r}; known are int2 to int8 and uint2 to uint8")
+    return IntFormat(int(match[2]), not match[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """An affine grid: a format with its scale, zero point and granularity."""
+
+    format: IntFormat
+    scale: Floats
+    zero_point: Codes
+    axis: int | None = None
+    block: int | None = None
+
+    def quantize(self, array: Floats) -> Codes:
+        """The codes of ``array``, in its shape, as int32."""
+        scale, zero_point = self._spread(array.shape)
+        with np.errstate(over="ignore"):
+            codes = np.rint(array.astype(np.float32) / scale) + zero_point
+        return np.clip(codes, self.format.low, self.format.high).astype(np.int32)
+
+    def dequantize(self, codes: Codes) -> Floats:
+        """The values that ``codes`` stand for, as float32."""
+        scale, zero_point = self._spread(codes.shape)
+        return (codes - zero_point).astype(np.float32) * scale
+
+    def round_trip(self, array: Floats) -> Floats:
+        """``array`` after quantize and dequantize."""
+        return self.dequantize(self.quantize(array))
+
+    def _spread(self, shape: tuple[int, ...]) -> tuple[Floats, Codes]:
+        return (
+            spread(self.scale, shape, self.axis, self.block),
+            spread(self.zero_point, shape, self.axis, self.block),
+        )
+
+
+def spread(
+    scale: npt.NDArray[Number], shape: tuple[int, ...], axis: int | None, block: int | None
+) -> npt.NDArray[Number]:
+    """``scale`` in a shape that broadcasts against an array of ``shape``."""
+    if axis is None:
+        return scale
+    if block is None:
+        return scale.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
+    return np.repeat(scale, block, axis=axis)
+
+
+def to_rows(array: Floats, axis: int | None, block: int | None) -> tuple[Floats, tuple[int, ...]]:
+    """The elements that share a scale as rows [groups, n], and the shape of the scales."""
+    if axis is None:
+        return array.reshape(1, -1), ()
+    axis %= array.ndim
+    if block is None:
+        return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1), (array.shape[axis],)
+    if block < 1 or array.shape[axis] % block:
+        raise PassError(
+            f"block {block} does not divide axis {axis} of a weight of shape {list(array.shape)}"
+        )
+    shape = list(array.shape)
+    shape[axis] //= block
+    split = array.reshape(*array.shape[:axis], shape[axis], block, *array.shape[axis + 1 :])
+    return np.moveaxis(split, axis + 1, -1).reshape(-1, block), tuple(shape)
+
+
+def affine(
+    low: npt.ArrayLike, high: npt.ArrayLike, form: IntFormat, symmetric: bool
+) -> tuple[Floats, Codes]:
+    """Scale and zero point of a grid that covers [low, high] and holds zero exactly.
+
+    Symmetric: zero point 0, and the scale is the larger magnitude over the largest code (so an
+    int8 grid uses -127 to 127). Otherwise the whole range of codes is used. ``low`` and ``high``
+    have any one shape, which is that of the result.
+    """
+    low = np.minimum(np.asarray(low, np.float64), 0.0)
+    high = np.maximum(np.asarray(high, np.float64), 0.0)
+    span = np.maximum(-low, high) if symmetric else high - low
+    steps = form.high if symmetric else form.high - form.low
+    # A constant zero has no range; any scale represents it, and 1 keeps later divisions tame.
+    scale = np.where(span > 0, np.maximum(span / steps, SMALLEST_SCALE), 1.0).astype(np.float32)
+    if symmetric:
+        return scale, np.zeros(scale.shape, np.int32)
+    zero = np.clip(form.low - np.rint(low / scale.astype(np.float64)), form.low, form.high)
+    return scale, zero.astype(np.int32)
+
+
+def search_range(
+    rows: Floats,
+    form: IntFormat,
+    symmetric: bool,
+    method: RangeMethod = "minmax",
+    percentile: float = 99.99,
+    power: float = 2.4,
+) -> tuple[Floats, Floats]:
+    """The range of each row of ``rows`` [groups, n] as (low [groups], high [groups]).
+
+    * ``minmax``: the extremes.
+    * ``percentile``: the two-sided ``percentile``.
+    * ``mse``: the extremes shrunk by the factor that minimises the mean squared rounding error.
+    * ``pnorm``: as ``mse``, for the mean of ``|error| ** power`` (2.4 as in LAPQ, Nahshan et al.,
+      arXiv 1911.07190, who search the exponent; 2.4 is our choice).
+    """
+    if rows.shape[1] == 0:
+        zeros = np.zeros(rows.shape[0], np.float32)
+        return zeros, zeros
+    if method == "percentile":
+        low, high = np.percentile(rows, [100.0 - percentile, percentile], axis=1)
+        return low.astype(np.float32), high.astype(np.float32)
+    low, high = rows.min(axis=1), rows.max(axis=1)
+    if method == "minmax":
+        return low, high
+    exponent = 2.0 if method == "mse" else power
+    best = np.full(rows.shape[0], np.inf)
+    best_low, best_high = low.copy(), high.copy()
+    for shrink in SHRINKS:
+        scale, zero = affine(low * shrink, high * shrink, form, symmetric)
+        error = np.abs(Grid(form, scale, zero, axis=0).round_trip(rows) - rows)
+        loss = np.mean(error.astype(np.float64) ** exponent, axis=1)
+        better = loss < best
+        best = np.where(better, loss, best)
+        best_low = np.where(better, low * shrink, best_low).astype(np.float32)
+        best_high = np.where(better, high * shrink, best_high).astype(np.float32)
+    return best_low, best_high
+
+
+def weight_grid(
+    weight: Floats,
+    form: IntFormat,
+    axis: int | None,
+    block: int | None = None,
+    symmetric: bool = True,
+    method: RangeMethod = "minmax",
+) -> Grid:
+    """The grid of a weight, one scale a tensor (``axis`` None), channel or block of ``axis``.
+
+    Raises PassError if ``block`` does not divide the axis.
+    """
+    rows, shape = to_rows(weight, axis, block)
+    low, high = search_range(rows, form, symmetric, method)
+    scale, zero = affine(low, high, form, symmetric)
+    return Grid(form, scale.reshape(shape), zero.reshape(shape), axis, block)
+
+
+def histogram_range(
+    counts: npt.NDArray[np.int64],
+    edges: npt.NDArray[np.float64],
+    form: IntFormat,
+    method: RangeMethod,
+    percentile: float = 99.99,
+    power: float = 2.4,
+) -> tuple[float, float]:
+    """The range of an activation from a histogram with ``counts`` [n] and ``edges`` [n + 1].
+
+    The first and last edges are the extremes seen. The searches shrink each end on its own (two
+    rounds of coordinate search) on an asymmetric grid of ``form``; bins stand for their centres.
+    """
+    filled = np.flatnonzero(counts)
+    if filled.size == 0:
+        return 0.0, 0.0
+    low, high = float(edges[filled[0]]), float(edges[filled[-1] + 1])
+    if method == "minmax":
+        return low, high
+    if method == "percentile":
+        below = np.cumsum(counts) / counts.sum()
+        first = int(np.searchsorted(below, 1.0 - percentile / 100.0))
+        last = int(np.searchsorted(below, percentile / 100.0))
+        return float(edges[first]), float(edges[min(last, counts.size - 1) + 1])
+    centres = ((edges[:-1] + edges[1:]) / 2)[filled]
+    weights = counts[filled].astype(np.float64)
+    exponent = 2.0 if method == "mse" else power
+
+    def loss(low: float, high: float) -> float:
+        scale, zero = affine(low, high, form, symmetric=False)
+        codes = np.clip(np.rint(centres / scale) + zero, form.low, form.high)
+        return float(weights @ np.abs((codes - zero) * scale - centres) ** exponent)
+
+    def ends(extreme: float) -> Iterable[float]:
+        return (extreme * shrink for shrink in SHRINKS)
+
+    best_low, best_high = low, high
+    for _ in range(2):
+        best_high = min(ends(high), key=lambda end: loss(best_low, end))
+        best_low = min(ends(low), key=lambda end: loss(end, best_high))
+    return best_low, best_high
+
+
+def pack(codes: Codes, form: IntFormat, name: str) -> ir.Tensor:
+    """``codes`` as an ONNX tensor of the stored type, two codes a byte up to 4 bits."""
+    dtype = {4: {True: ml_dtypes.int4, False: ml_dtypes.uint4}, 8: {True: np.int8, False: np.uint8}}
+    stored = form.stored
+    return ir.Tensor(codes.astype(dtype[stored.bits][form.signed]), dtype=form.dtype, name=name)
+
+
+def unpack(tensor: ir.TensorProtocol) -> Codes:
+    """The codes of a packed tensor as int32."""
+    return tensor.numpy().astype(np.int32)
+
+
+def sqnr(reference: npt.ArrayLike, actual: npt.ArrayLike) -> float:
+    """Signal-to-quantization-noise ratio in dB; infinite if equal, NaN if ``actual`` is not finite.
+
+    A silent reference (all zeros) with any noise is minus infinity.
+    """
+    signal = np.asarray(reference, np.float64)
+    noise = np.asarray(actual, np.float64) - signal
+    signal_power, noise_power = float(np.sum(signal**2)), float(np.sum(noise**2))
+    if not np.isfinite(noise_power):
+        return float("nan")
+    if noise_power == 0:
+        return float("inf")
+    if signal_power == 0:
+        return float("-inf")
+    return 10.0 * float(np.log10(signal_power / noise_power))

@@ -1,0 +1,273 @@
+"""Passes in order: the contract, the text, the checks before anything runs, and the run.
+
+A pass changes a model in place. What a pass relies on is said in words (``ranges``, ``specs``, ...):
+``requires`` must hold before it, ``produces`` holds after it, ``invalidates`` no longer holds.
+The whole list is checked by simulating the words before anything runs.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import importlib.util
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import joblib
+import networkx as nx
+import numpy as np
+import onnx_ir as ir
+
+from qcompile import graph, syntax, text
+from qcompile.errors import PassError, QCompileError, VerifyError
+
+if TYPE_CHECKING:
+    from qcompile.backends.base import Target
+    from qcompile.calibrate import Calibration
+
+Stats = dict[str, int | float | str]
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass(abc.ABC):
+    """A rewrite of a model, in place. A subclass is a frozen dataclass whose fields are the options.
+
+    * ``requires``, ``produces``, ``invalidates``: words, see the module.
+    * ``keeps_float``: the float function is kept (``--check-numerics`` tests it).
+    * ``per_target``: the result depends on the target; the pipeline forks before the first such pass.
+    * ``needs``: extras, such as ``torch``.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]] = frozenset()
+    produces: ClassVar[frozenset[str]] = frozenset()
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+    keeps_float: ClassVar[bool] = False
+    per_target: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
+    source: ClassVar[str] = ""
+
+    @abc.abstractmethod
+    def run(self, model: ir.Model, ctx: Context) -> Stats:
+        """Rewrite ``model`` in place and return counters; zero matches is normal.
+
+        Raises PassError for what the user asked and cannot be had.
+        """
+
+    def weight_formats(self) -> tuple[str, ...]:
+        """The weight formats that this pass will ask for; checked against the targets first."""
+        return ()
+
+    def input_formats(self) -> tuple[str, ...]:
+        """The activation formats that this pass will ask for."""
+        return ()
+
+    def __str__(self) -> str:
+        return syntax.render(self.name, self)
+
+
+def silent(_: str) -> None:
+    """A log that says nothing."""
+
+
+def no_progress(items: Iterable[A], _label: str, _total: int | None = None) -> Iterable[A]:
+    """Progress that shows nothing."""
+    return items
+
+
+@dataclasses.dataclass
+class Context:
+    """The services that a pass may use. Results of passes live on the model, never here.
+
+    ``reference`` is the float model as captured. ``jobs`` is the number of worker processes that
+    ``map`` may use; its result does not depend on it.
+    """
+
+    seed: int = 0
+    calibration: Calibration | None = None
+    target: Target | None = None
+    reference: ir.Model | None = None
+    jobs: int = 1
+    log: Callable[[str], None] = silent
+    progress: Callable[..., Iterable[Any]] = no_progress
+
+    def rng(self, key: str) -> np.random.Generator:
+        """Randomness that depends on the seed and ``key`` only."""
+        digest = hashlib.sha256(f"{self.seed}/{key}".encode()).digest()
+        return np.random.default_rng(np.frombuffer(digest, np.uint32))
+
+    def map(self, function: Callable[[A], B], items: Sequence[A], label: str) -> list[B]:
+        """``function`` of every item, in order; spread over processes by joblib's configuration.
+
+        ``function`` is pure: arrays and names in, arrays out, no IR objects, no sessions.
+        """
+        lazy = joblib.Parallel(n_jobs=self.jobs, return_as="generator")(
+            joblib.delayed(function)(item) for item in items
+        )
+        return list(self.progress(lazy, label, len(items)))
+
+    def data(self) -> Calibration:
+        """The calibration data; raises PassError if there is none."""
+        if self.calibration is None:
+            raise PassError("this pass needs calibration data: give --calib")
+        return self.calibration
+
+
+# -- text ---------------------------------------------------------------------------------------
+
+
+def parse(source: str, known: Mapping[str, type[Pass]]) -> list[Pass]:
+    """The passes that ``source`` names. Raises PipelineSyntaxError, pointing at the column."""
+    return [syntax.build(item, known, "pass", source) for item in syntax.items(source)]
+
+
+def to_text(passes: Sequence[Pass]) -> str:
+    """The text of ``passes``; ``parse`` reads it back to equal passes."""
+    return ",".join(str(p) for p in passes)
+
+
+# -- checks before anything runs ----------------------------------------------------------------
+
+
+def check(passes: Sequence[Pass], targets: Sequence[Target]) -> None:
+    """Raise QCompileError for what cannot work, before anything runs.
+
+    Words: the order of the passes. Extras: packages that a pass needs. Targets: each weight and
+    activation format that a pass will ask for must be one that the target can hold.
+    """
+    holds: set[str] = set()
+    spoiled: dict[str, Pass] = {}
+    for step in passes:
+        for word in sorted(step.requires - holds):
+            raise PassError(_order_message(passes, step, word, spoiled.get(word)))
+        if "lowered" in holds:
+            raise PassError(f"{step.name} stands after the lowering; insert-qdq must be last")
+        for word in step.invalidates & holds:
+            spoiled[word] = step
+        holds = (holds - step.invalidates) | step.produces
+        for need in sorted(step.needs):
+            if importlib.util.find_spec(need) is None:
+                raise PassError(f"{step.name} needs {need}: pip install 'qcompile[{need}]'")
+    for target in targets:
+        for step in passes:
+            for form in step.weight_formats():
+                target.refuse_weight(form, str(step))
+            for form in step.input_formats():
+                target.refuse_input(form, str(step))
+
+
+def _order_message(passes: Sequence[Pass], step: Pass, word: str, spoiler: Pass | None) -> str:
+    producers = [p for p in passes if word in p.produces]
+    if not producers:
+        return f"{step.name} requires {word!r}, which no pass of this pipeline produces"
+    if spoiler is not None:
+        cause = f"{spoiler.name} invalidates the {word!r} that {step.name} requires"
+    else:
+        cause = f"{step.name} requires {word!r}, which only {producers[0].name} behind it produces"
+    order = _working_order(passes)
+    return f"{cause}; this order works: {to_text(order)}" if order else cause
+
+
+def _working_order(passes: Sequence[Pass]) -> list[Pass] | None:
+    """An order that keeps producers before readers and spoilers before producers, if any."""
+    order: nx.DiGraph[int] = nx.DiGraph()
+    order.add_nodes_from(range(len(passes)))
+    for i, one in enumerate(passes):
+        for j, other in enumerate(passes):
+            if i != j and (one.produces & other.requires or one.invalidates & other.produces):
+                order.add_edge(i, j)
+    if not nx.is_directed_acyclic_graph(order):
+        return None
+    return [passes[i] for i in nx.lexicographical_topological_sort(order)]
+
+
+def fork(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:
+    """The passes that run once, and those that run for each target."""
+    first = next((i for i, p in enumerate(passes) if p.per_target), len(passes))
+    return list(passes[:first]), list(passes[first:])
+
+
+# -- the run ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one pass did: seconds, counters, changed lines, SQNR of the outputs before and after."""
+
+    text: str
+    seconds: float
+    counters: Stats
+    changed: tuple[str, ...]
+    sqnr_before: float | None
+    sqnr_after: float | None
+
+
+@dataclasses.dataclass
+class Watch:
+    """What to observe of a run.
+
+    * ``measure``: SQNR in dB of a model against the reference, or None not to measure.
+    * ``after``: called with (position, pass, model, step) after each pass.
+    * ``verify``: check the graph after each pass.
+    * ``check_numerics``: raise VerifyError if a pass that keeps the float function did not.
+    """
+
+    measure: Callable[[ir.Model], float] | None = None
+    after: Callable[[int, Pass, ir.Model, Step], None] | None = None
+    verify: bool = True
+    check_numerics: bool = False
+
+
+# A float rewrite is a reordering of float32 sums; below this SQNR it is not the same function.
+SAME_FUNCTION_DB = 60.0
+
+
+def run(
+    model: ir.Model,
+    passes: Sequence[Pass],
+    ctx: Context,
+    watch: Watch | None = None,
+    first: int = 0,
+) -> list[Step]:
+    """Run ``passes`` over ``model`` in place and return what each did.
+
+    Raises VerifyError, naming the pass, if one broke the graph. ``first`` is the position of the
+    first pass in the whole pipeline, for ``watch.after``.
+    """
+    watch = watch or Watch()
+    steps: list[Step] = []
+    known = graph.findings(model)
+    ids = {o for node in model.graph for o in graph.origins(node)}
+    sqnr = watch.measure(model) if watch.measure and passes else None
+    before = text.render(model, weights=True)
+    for position, step in enumerate(passes, first):
+        started = time.perf_counter()
+        try:
+            counters = step.run(model, ctx)
+        except QCompileError as error:
+            if isinstance(error, PassError):
+                raise PassError(f"{step}: {error}") from error
+            raise
+        seconds = time.perf_counter() - started
+        if watch.verify:
+            try:
+                graph.verify(model, known, ids)
+            except VerifyError as error:
+                raise VerifyError(f"pass {step} broke the graph: {error}") from error
+        after = text.render(model, weights=True)
+        changed = text.changes(before, after)
+        measured = watch.measure(model) if watch.measure and changed else sqnr
+        if watch.check_numerics and step.keeps_float and measured is not None:
+            lost = min(sqnr if sqnr is not None else np.inf, SAME_FUNCTION_DB) - measured
+            if lost > 0:
+                raise VerifyError(f"pass {step} changed the float function: {measured:.1f} dB")
+        done = Step(str(step), seconds, counters, tuple(changed), sqnr, measured)
+        steps.append(done)
+        if watch.after:
+            watch.after(position, step, model, done)
+        before, sqnr = after, measured
+    return steps

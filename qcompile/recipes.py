@@ -1,0 +1,32 @@
+"""Named pipelines, as text: ``@int8``, or ``@my.txt`` for a file with one pass a line."""
+
+from __future__ import annotations
+
+import pathlib
+
+from qcompile.errors import QCompileError, nearest
+
+RECIPES = {
+    "int8": "simplify,fold-bn,calibrate,quantize,insert-qdq",
+    "int8-rotated": "simplify,fold-bn,smooth-hadamard,calibrate,quantize,insert-qdq",
+}
+
+
+def expand(text: str) -> str:
+    """The pipeline text that ``text`` stands for; itself unless it starts with ``@``.
+
+    Raises QCompileError for an unknown recipe or an unreadable file.
+    """
+    if not text.startswith("@"):
+        return text
+    name = text[1:]
+    if name in RECIPES:
+        return RECIPES[name]
+    path = pathlib.Path(name)
+    if not path.is_file():
+        raise QCompileError(f"no recipe and no file is called {name!r}; {nearest(name, RECIPES)}")
+    lines = [line.partition("#")[0].strip().rstrip(",") for line in path.read_text().splitlines()]
+    kept = [line for line in lines if line]
+    if not kept:
+        raise QCompileError(f"the recipe file {name!r} names no pass")
+    return ",".join(kept)

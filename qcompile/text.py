@@ -1,0 +1,107 @@
+"""The stable text form of a graph, and the changed lines between two.
+
+    graph (%image: f32[batch,1,28,28]) -> (%logits: f32[batch,10])
+    w %stem.weight: f32[16,1,3,3]
+    %stem: f32[batch,16,28,28] = Conv(%image{int8}, %stem.weight{int8 axis=0}) {pads=[1,1,1,1]}
+
+Equal over clone, save and load. Decisions stand in braces behind the operand that they belong to.
+Bodies of control flow are indented below their node. The form is for people and for tests; it is
+not read back.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+
+from qcompile import graph, spec
+
+_TYPES = {
+    "FLOAT": "f32", "DOUBLE": "f64", "FLOAT16": "f16", "BFLOAT16": "bf16", "STRING": "str",
+    "INT8": "i8", "INT16": "i16", "INT32": "i32", "INT64": "i64", "BOOL": "bool",
+    "UINT8": "u8", "UINT16": "u16", "UINT32": "u32", "UINT64": "u64", "INT4": "i4", "UINT4": "u4",
+}  # fmt: skip
+
+
+def render(model: ir.Model, weights: bool = False) -> str:
+    """The graph as text, one line a node; ``weights`` adds a digest of each initializer."""
+    return "\n".join(_graph(model.graph, weights, "")) + "\n"
+
+
+def changes(before: str, after: str) -> list[str]:
+    """The lines of ``before`` that are gone (``-``) and those of ``after`` that are new (``+``)."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
+    return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+
+
+def _graph(body: ir.Graph, weights: bool, indent: str) -> Iterator[str]:
+    inputs = ", ".join(_typed(v) for v in body.inputs)
+    outputs = ", ".join(_typed(v) for v in body.outputs)
+    yield f"{indent}graph ({inputs}) -> ({outputs})"
+    for name in sorted(body.initializers):
+        value = body.initializers[name]
+        digest = f" #{_digest(value)}" if weights else ""
+        yield f"{indent}w {_typed(value)}{digest}"
+    for node in body:
+        yield f"{indent}{_node(node)}"
+        for attr in node.attributes.values():
+            if attr.type == ir.AttributeType.GRAPH:
+                yield from _graph(attr.value, weights, f"{indent}  {attr.name}: ")
+            elif attr.type == ir.AttributeType.GRAPHS:
+                for inner in attr.value:
+                    yield from _graph(inner, weights, f"{indent}  {attr.name}: ")
+
+
+def _node(node: ir.Node) -> str:
+    specs = spec.all_specs(node)
+    operands = ", ".join(
+        "" if v is None else f"%{v.name}" + (f"{{{specs[i]}}}" if i in specs else "")
+        for i, v in enumerate(node.inputs)
+    )
+    domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}::"
+    attributes = ", ".join(
+        f"{name}={_attribute(node.attributes[name])}"
+        for name in sorted(node.attributes)
+        if node.attributes[name].type
+        not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    )
+    tail = f" {{{attributes}}}" if attributes else ""
+    written = ", ".join(_typed(v) for v in node.outputs)
+    return f"{written} = {domain}{node.op_type}({operands}){tail}"
+
+
+def _typed(value: ir.Value) -> str:
+    if value.dtype is None:
+        return f"%{value.name}"
+    kind = _TYPES.get(value.dtype.name, value.dtype.name.lower())
+    if value.shape is None:
+        return f"%{value.name}: {kind}[...]"
+    return f"%{value.name}: {kind}[{','.join(_dimension(d) for d in value.shape)}]"
+
+
+def _dimension(dimension: Any) -> str:
+    if isinstance(dimension, int):
+        return str(dimension)
+    return str(dimension.value) if dimension.value is not None else "?"
+
+
+def _attribute(attr: ir.Attr) -> str:
+    if attr.is_ref():
+        return f"@{attr.ref_attr_name}"
+    value: Any = attr.value
+    if attr.type == ir.AttributeType.FLOAT:
+        return f"{value:.6g}"
+    if attr.type == ir.AttributeType.TENSOR:
+        return f"{value.dtype.name.lower()}{list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"[{','.join(str(v) for v in value)}]"  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    return str(value)
+
+
+def _digest(value: ir.Value) -> str:
+    if value.const_value is None:
+        return "none"
+    return graph.tensor_digest(value.const_value)[:12]
