@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import onnx_ir as ir
 
 from qcompile import graph, numerics
 from qcompile.backends.base import MOVES, Lowering, absorbed, activation_range, rules
@@ -27,12 +28,16 @@ def keep_float(low: Lowering) -> int:
     count = 0
     for layer in list(low.decided()):
         node = layer.node
-        scaled = graph.attribute(node, "alpha", 1.0) != 1.0 or graph.attribute(node, "beta", 1.0) != 1.0
+        scaled = (
+            graph.attribute(node, "alpha", 1.0) != 1.0 or graph.attribute(node, "beta", 1.0) != 1.0
+        )
         if layer.kind == "conv-transpose":
             low.keep_float(layer, "no int8 kernel for ConvTranspose")
         elif node.op_type == "Gemm" and (scaled or graph.attribute(node, "transA", 0)):
             low.keep_float(layer, "no int8 kernel for Gemm with transA, alpha or beta")
-        elif layer.kind == "attention" and not (layer.input and layer.input.spec and layer.weight.spec):
+        elif layer.kind == "attention" and not (
+            layer.input and layer.input.spec and layer.weight.spec
+        ):
             low.keep_float(layer, "a product of two activations needs both of them quantized")
         elif layer.kind != "attention" and layer.weight.spec is None:
             low.keep_float(layer, "a quantized input needs a quantized weight")
@@ -60,11 +65,54 @@ def bias_range(low: Lowering) -> int:
         scale = graph.constant(scale_value).astype(np.float32)
         bias = np.abs(graph.constant(layer.bias.value).astype(np.float64)).reshape(-1)
         needed = bias / (float(grid.scale) * 2.0**30)
-        wide = np.maximum(scale, needed if scale.ndim else needed.max(initial=0.0)).astype(np.float32)
+        wide = np.maximum(scale, needed if scale.ndim else needed.max(initial=0.0)).astype(
+            np.float32
+        )
         if (wide > scale).any():
             widened = graph.add_constant(low.model, decided.scale, wide)
             layer.weight.decide(dataclasses.replace(decided, scale=widened.name or ""))
             count += 1
+    return count
+
+
+def channels_of_four(low: Lowering) -> int:
+    """Pad the input channels of a Conv with zeros to a multiple of four.
+
+    The fast kernel for symmetric weights wants that; the 3 channels of a picture would fall back to
+    a matrix product that takes half as long again (0.33 against 0.23 ms for a 3x3 stem at 224).
+    """
+    count = 0
+    for layer in low.decided():
+        shape = graph.shape_of(layer.weight.value)
+        if layer.kind != "conv" or layer.input is None or layer.input.spec is None or shape is None:
+            continue
+        missing = -shape[1] % 4
+        if not missing or graph.attribute(layer.node, "group", 1) != 1 or layer.weight.spec is None:
+            continue
+        if layer.weight.spec.axis not in (0, None) or layer.weight.spec.codes:
+            continue
+        x, rank = layer.input.value, len(shape)
+        amounts = np.zeros(2 * rank, np.int64)
+        amounts[rank + 1] = missing
+        weight = np.pad(
+            graph.constant(layer.weight.value), [(0, 0), (0, missing)] + [(0, 0)] * (rank - 2)
+        )
+        name = f"{layer.weight.value.name}/padded"
+        layer.weight.read_from(graph.add_constant(low.model, name, weight))
+        padded = graph.insert(
+            low.model, "Pad", [x, graph.add_constant(low.model, f"{x.name}/pads", amounts)],
+            output=f"{x.name}/padded", behind=x,
+        )  # fmt: skip
+        padded.type = x.type
+        if x.shape is not None:
+            padded.shape = ir.Shape(
+                [d if a != 1 else shape[1] + missing for a, d in enumerate(x.shape)]
+            )
+        found = graph.range_of(low.model, x)
+        if found is not None:
+            graph.set_range(low.model, padded, *found)
+        layer.input.read_from(padded)
+        count += 1
     return count
 
 
@@ -159,7 +207,9 @@ def int32_bias(low: Lowering) -> int:
         if layer.bias is None or layer.bias.node is not layer.node:
             continue
         if layer.node in low.input_grids and graph.is_constant(layer.bias.value):
-            _quantize_bias(low, layer.bias, low.input_grids[layer.node], low.weight_grids[layer.node])
+            _quantize_bias(
+                low, layer.bias, low.input_grids[layer.node], low.weight_grids[layer.node]
+            )
             count += 1
     return count
 
@@ -228,7 +278,15 @@ def unsigned(low: float, high: float) -> Grid:
 
 
 DIALECT = rules(
-    keep_float, bias_range, weights, inputs, conv_output, between, int32_bias, matmul_bias
+    keep_float,
+    bias_range,
+    channels_of_four,
+    weights,
+    inputs,
+    conv_output,
+    between,
+    int32_bias,
+    matmul_bias,
 )
 
 # What the runtime's optimizer turns a layer into, and the precision that it multiplies in.
@@ -240,4 +298,3 @@ INTEGER_KERNELS = {
 FLOAT_KERNELS = frozenset(
     ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose", "Gather")
 )
-

@@ -236,7 +236,7 @@ def fetch(
             log(fetch_one(package, folder, allow_mismatch))
         except (FetchError, OSError, zipfile.BadZipFile, tarfile.TarError) as error:
             failures.append(f"{package.name}: {error}")
-            log(f"failed {failures[-1]}")
+            log(f"failed  {package.name}")
     if failures:
         raise FetchError("could not fetch " + "; ".join(failures))
 

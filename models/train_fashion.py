@@ -387,7 +387,8 @@ def main() -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     image, label = read_pictures(options.data, "train")
-    test_image, test_label = (x[:TEST_PICTURES] for x in read_pictures(options.data, "t10k"))
+    test_image, test_label = read_pictures(options.data, "t10k")
+    test_image, test_label = test_image[:TEST_PICTURES], test_label[:TEST_PICTURES]
     write_data(options.out, image, (test_image, test_label), options.seed)
 
     inputs, targets = torch.from_numpy(fashion.normalize(image)), torch.from_numpy(label)

@@ -31,6 +31,7 @@ class Calibrate(Pass):
     name: ClassVar[str] = "calibrate"
     produces: ClassVar[frozenset[str]] = frozenset({"ranges"})
     keeps_float: ClassVar[bool] = True
+    reads_data: ClassVar[bool] = True
 
     method: RangeMethod = "minmax"
     percentile: float = 99.99

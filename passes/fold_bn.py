@@ -86,5 +86,9 @@ def _fold(model: ir.Model, layer: Layer, bn: ir.Node) -> None:
     if len(layer.node.inputs) < 3:
         layer.node.resize_inputs(3)
     layer.node.replace_input_with(2, added)
-    graph.redirect(model, bn.outputs[0], layer.output, keep=lambda _: False)
+    # What the layer writes has changed, so it takes the name of the value that it now computes.
+    normalized, name = bn.outputs[0], bn.outputs[0].name
+    graph.redirect(model, normalized, layer.output, keep=lambda _: False)
+    if not layer.output.is_graph_output():
+        normalized.name, layer.output.name = graph.unique(model, f"{name}/gone"), name
     graph.fuse(layer.node, bn)

@@ -10,6 +10,7 @@ import dataclasses
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -25,6 +26,9 @@ class Simplify(Pass):
     * A weight or bias of a layer that stands behind Transpose, Reshape, Cast, ... becomes one
       initializer. Large weights of layers that need nothing are not read.
     * A bias of a Conv that is all zeros goes.
+    * A Reshape whose computed shape is known, up to dimensions that it keeps, gets a constant shape.
+    * A Pad with zeros, whose only reader is a Conv, becomes the padding of that Conv; a Pad by
+      nothing goes.
     """
 
     name: ClassVar[str] = "simplify"
@@ -51,9 +55,73 @@ class Simplify(Pass):
                 if not graph.constant(bias.value).any():
                     layer.node.resize_inputs(2)
                     biases += 1
+        reshapes = sum(_fix_shape(model, node) for node in list(model.graph))
+        pads = sum(_absorb_pad(model, node) for node in list(model.graph) if node.op_type == "Pad")
         graph.remove_dead(model)
         return {
             "nodes": before - model.graph.num_nodes(),
             "weights": folded,
             "zero biases": biases,
+            "reshapes": reshapes,
+            "pads": pads,
         }
+
+
+def _fix_shape(model: ir.Model, node: ir.Node) -> bool:
+    """Give a Reshape with a computed shape a constant one; whether that was possible."""
+    if node.op_type != "Reshape" or node.inputs[0] is None or node.inputs[1] is None:
+        return False
+    entered, reshaped = node.inputs[0].shape, node.outputs[0].shape
+    if graph.is_constant(node.inputs[1]) or entered is None or reshaped is None:
+        return False
+    dims: list[int] = []
+    for axis, dim in enumerate(reshaped):
+        if isinstance(dim, int):
+            if dim == 0:
+                return False
+            dims.append(dim)
+        elif axis < len(entered) and dim.value is not None and entered[axis] == dim:
+            dims.append(0)  # the operator's word for "as it came in"
+        else:
+            return False
+    constant = graph.add_constant(model, f"{node.outputs[0].name}/shape", np.array(dims, np.int64))
+    node.replace_input_with(1, constant)
+    node.attributes.pop("allowzero", None)
+    return True
+
+
+def _absorb_pad(model: ir.Model, pad: ir.Node) -> bool:
+    """Move the amounts of ``pad`` into the Conv behind it; whether that was possible."""
+    entered, padded = pad.inputs[0], pad.outputs[0]
+    amounts = _amounts(pad)
+    if amounts is None or entered is None or padded.is_graph_output():
+        return False
+    if not amounts.any():
+        graph.redirect(model, padded, entered, keep=lambda _: False)
+        return True
+    uses = padded.uses()
+    conv = uses[0][0] if len(uses) == 1 and uses[0][1] == 0 else None
+    if conv is None or conv.op_type != "Conv" or conv.graph is not model.graph:
+        return False
+    plain = graph.attribute(conv, "auto_pad", "NOTSET") in ("NOTSET", "VALID")
+    spatial = amounts[:, 2:]
+    if not plain or amounts[:, :2].any() or (amounts < 0).any():
+        return False
+    own = np.array(graph.attribute(conv, "pads", [0] * spatial.size)).reshape(2, -1)
+    conv.attributes["pads"] = ir.AttrInt64s("pads", [int(p) for p in (own + spatial).ravel()])
+    conv.attributes.pop("auto_pad", None)
+    conv.replace_input_with(0, entered)
+    return True
+
+
+def _amounts(pad: ir.Node) -> npt.NDArray[np.int64] | None:
+    """What ``pad`` adds, [begin and end, axes], if that is constant and adds zeros; else None."""
+    values = list(pad.inputs) + [None] * (4 - len(pad.inputs))
+    if graph.attribute(pad, "mode", "constant") != "constant" or values[3] is not None:
+        return None
+    if values[1] is None or not graph.is_constant(values[1]):
+        return None
+    if values[2] is not None:
+        if not graph.is_constant(values[2]) or float(graph.constant(values[2]).item()) != 0.0:
+            return None
+    return graph.constant(values[1]).astype(np.int64).reshape(2, -1)

@@ -273,19 +273,3 @@ def unpack(tensor: ir.TensorProtocol) -> Codes:
     """The codes of a packed tensor as int32."""
     return tensor.numpy().astype(np.int32)
 
-
-def sqnr(reference: npt.ArrayLike, actual: npt.ArrayLike) -> float:
-    """Signal-to-quantization-noise ratio in dB; infinite if equal, NaN if ``actual`` is not finite.
-
-    A silent reference (all zeros) with any noise is minus infinity.
-    """
-    signal = np.asarray(reference, np.float64)
-    noise = np.asarray(actual, np.float64) - signal
-    signal_power, noise_power = float(np.sum(signal**2)), float(np.sum(noise**2))
-    if not np.isfinite(noise_power):
-        return float("nan")
-    if noise_power == 0:
-        return float("inf")
-    if signal_power == 0:
-        return float("-inf")
-    return 10.0 * float(np.log10(signal_power / noise_power))

@@ -39,6 +39,7 @@ class Pass(abc.ABC):
     * ``requires``, ``produces``, ``invalidates``: words, see the module.
     * ``keeps_float``: the float function is kept (``--check-numerics`` tests it).
     * ``per_target``: the result depends on the target; the pipeline forks before the first such pass.
+    * ``reads_data``: calibration data is needed.
     * ``needs``: extras, such as ``torch``.
     """
 
@@ -48,6 +49,7 @@ class Pass(abc.ABC):
     invalidates: ClassVar[frozenset[str]] = frozenset()
     keeps_float: ClassVar[bool] = False
     per_target: ClassVar[bool] = False
+    reads_data: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     source: ClassVar[str] = ""
 

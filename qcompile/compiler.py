@@ -1,0 +1,416 @@
+"""compile(): capture, pipeline, fork per target, lowering, proof, report, files."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from qcompile import (
+    bench,
+    calibrate,
+    capture,
+    execute,
+    graph,
+    pipeline,
+    recipes,
+    registry,
+    report,
+    simulate,
+    spec,
+    syntax,
+    text,
+)
+from qcompile.backends.base import Target
+from qcompile.calibrate import Calibration, Data
+from qcompile.errors import CalibrationError, PassError, QCompileError, TargetError
+from qcompile.pipeline import Context, Pass, Step, Watch
+from qcompile.report import Report
+
+# Below this the compiled model is hardly the same model; the report says so in red.
+POOR_DB = 10.0
+# The simulation must lie this far below the quantization noise.
+SIMULATION_MARGIN_DB = 15.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to compile; every field is an option of the command line.
+
+    * ``passes``: pipeline text or ``@recipe``; ``targets``: target texts.
+    * ``calib``: a source (see calibrate.load) or an iterable of samples.
+    * ``allow_float``: accept a result in which nothing is quantized.
+    * ``print_after``: pass names (or ``all``) after which the graph is printed;
+      ``print_changes``: print the changed lines of every pass; ``snapshots``: a folder for the graph
+      after each pass.
+    * ``latency``: measure latency against float, interleaved (``ort-cpu`` only).
+    """
+
+    passes: str = "@int8"
+    targets: tuple[str, ...] = ("ort-cpu",)
+    calib: str | Iterable[dict[str, Any]] | None = None
+    seed: int = 0
+    jobs: int = 1
+    allow_float: bool = False
+    check_numerics: bool = False
+    verify: bool = True
+    print_after: tuple[str, ...] = ()
+    print_changes: bool = False
+    snapshots: pathlib.Path | None = None
+    latency: bool = False
+    log: Callable[[str], None] = pipeline.silent
+    progress: Callable[..., Iterable[Any]] = pipeline.no_progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """The result for one target: the lowered graph, its report, and where it was written."""
+
+    model: ir.Model
+    report: Report
+    folder: pathlib.Path
+
+
+def compile(  # noqa: A001 - the verb of this package
+    source: str | os.PathLike[str] | Any, out: str | os.PathLike[str], **options: Any
+) -> list[Compiled]:
+    """Compile a model for one or several targets.
+
+    Args:
+        source: what capture.capture takes.
+        out: the folder to write, which appears whole or not at all; with several targets it holds
+            one folder a target.
+        options: the fields of Options.
+
+    Returns the results in the order of the targets. Raises QCompileError for what the user can put
+    right; nothing is written then.
+    """
+    return Compiler(Options(**options)).run(source, pathlib.Path(out))
+
+
+class Compiler:
+    """One run: everything that can be checked is checked before the model is read."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.text = recipes.expand(options.passes)
+        self.passes = pipeline.parse(self.text, registry.passes())
+        self.targets = [parse_target(t) for t in options.targets]
+        names = [str(target) for target in self.targets]
+        if len(set(names)) < len(names):
+            raise QCompileError(f"a target is named twice: {', '.join(names)}")
+        pipeline.check(self.passes, self.targets)
+        for target in self.targets:
+            target.available()
+        known = {p.name for p in self.passes} | {"all"}
+        for name in options.print_after:
+            if name not in known:
+                raise PassError(f"--print-after {name}: the pipeline has no such pass")
+
+    def run(self, source: Any, out: pathlib.Path) -> list[Compiled]:
+        """Compile ``source`` into ``out``."""
+        check_writable(out)
+        model = capture.capture(source)
+        reference = model.clone()
+        calibration = self._calibration(model)
+        shared, forked = pipeline.fork(self.passes)
+        context = self._context(calibration, reference, self.targets[0])
+        judge = simulate.Judge(reference, calibration.judges) if calibration else None
+        steps = pipeline.run(model, shared, context, self._watch(judge, self.targets[0]))
+        results: list[Compiled] = []
+        with appearing(out) as folder:
+            for target in self.targets:
+                place = folder / target.name if len(self.targets) > 1 else folder
+                place.mkdir(exist_ok=True)
+                self.options.log(f"lowering for {target}")
+                done = self._lower(
+                    _name(source), model.clone(), forked, target, place, steps,
+                    self._context(calibration, reference, target), judge, len(shared),
+                )  # fmt: skip
+                results.append(dataclasses.replace(done, folder=out / place.relative_to(folder)))
+        return results
+
+    def _lower(
+        self,
+        name: str,
+        model: ir.Model,
+        passes: Sequence[Pass],
+        target: Target,
+        folder: pathlib.Path,
+        shared: Sequence[Step],
+        context: Context,
+        judge: simulate.Judge | None,
+        position: int,
+    ) -> Compiled:
+        watch = self._watch(judge, target)
+        last = next((i for i, p in enumerate(passes) if "lowered" in p.produces), len(passes))
+        steps = pipeline.run(model, passes[:last], context, watch, position)
+        decided = model.clone()
+        steps += pipeline.run(model, passes[last:], context, watch, position + last)
+        self._refuse_float(model)
+        assert context.reference is not None
+        stamp(model, self.text, target, self.options.seed, context.calibration)
+        main = target.emit(model, folder, context.calibration)
+        finished = self._report(
+            name, context, target, decided, model, main, [*shared, *steps], judge
+        )
+        (folder / "report.json").write_text(finished.to_json())
+        (folder / "pipeline.txt").write_text(f"--passes '{self.text}' --target '{target}'\n")
+        return Compiled(model, finished, folder)
+
+    def _report(
+        self,
+        name: str,
+        context: Context,
+        target: Target,
+        decided: ir.Model,
+        lowered: ir.Model,
+        main: pathlib.Path,
+        steps: Sequence[Step],
+        judge: simulate.Judge | None,
+    ) -> Report:
+        calibration, reference = context.calibration, context.reference
+        assert reference is not None
+        proof = target.prove(lowered, main.parent)
+        shapes = calibration.shapes(reference) if calibration else {}
+        values = [layer.biased_output.name or "" for layer in graph.layers(decided)]
+        sqnr = simulate.layer_sqnr(reference, lowered, values, judge.samples[:4]) if judge else {}
+        rows = report.layer_reports(decided, lowered, proof, _moved(shapes, decided, calibration), sqnr)
+        size = report.Size(execute.weight_bytes(reference), _bytes_of(main))
+        outputs: list[report.Output] = []
+        apart: float | None = None
+        latency: bench.Latency | None = None
+        if judge is not None:
+            simulated = simulate.Session(lowered, optimize=False)
+            runs_here = main.suffix == ".onnx"
+            actual = execute.Session(main) if runs_here else simulated
+            found, cosine = judge.sqnr(actual), judge.cosine(actual)
+            outputs = [report.Output(n, found[n], cosine[n]) for n in judge.outputs]
+            if runs_here:
+                apart = min(judge.between(simulated, actual).values(), default=math.inf)
+            if self.options.latency and runs_here:
+                floats = [execute.Session(reference, threads=1) for _ in range(2)]
+                compiled = execute.Session(main, threads=1)
+                latency = bench.interleaved(*floats, compiled, judge.samples)
+        warnings = _warnings(calibration, outputs, apart, size, latency)
+        return Report(
+            model=name,
+            pipeline=self.text,
+            target=str(target),
+            seed=self.options.seed,
+            versions=report.versions(),
+            data=_data_report(calibration) if calibration else None,
+            passes=tuple(steps),
+            layers=tuple(rows),
+            outputs=tuple(outputs),
+            left_alone=tuple(report.left_alone(lowered, rows)),
+            share=report.shares(rows),
+            size=size,
+            latency=latency,
+            simulated_against_run=apart,
+            warnings=tuple(warnings),
+        )
+
+    def _context(
+        self, calibration: Calibration | None, reference: ir.Model, target: Target
+    ) -> Context:
+        options = self.options
+        return Context(
+            seed=options.seed, calibration=calibration, target=target, reference=reference,
+            jobs=options.jobs, log=options.log, progress=options.progress,
+        )  # fmt: skip
+
+    def _calibration(self, model: ir.Model) -> Calibration | None:
+        options = self.options
+        if options.calib is None:
+            if any(p.reads_data for p in self.passes):
+                raise CalibrationError(
+                    "no calibration data: give --calib with an .npz file or package.module:iterable "
+                    "(nothing is calibrated on noise unless you say --calib random)"
+                )
+            return None
+        data: Data = calibrate.load(options.calib, calibrate.inputs_of(model), options.seed)
+        return Calibration(data, options.progress)
+
+    def _watch(self, judge: simulate.Judge | None, target: Target) -> Watch:
+        def measure(model: ir.Model) -> float:
+            assert judge is not None
+            return judge.worst(simulate.simulate(model, target))
+
+        def after(position: int, step: Pass, model: ir.Model, done: Step) -> None:
+            self._observe(position, step, model, done)
+
+        return Watch(
+            measure=measure if judge is not None else None,
+            after=after,
+            verify=self.options.verify,
+            check_numerics=self.options.check_numerics,
+        )
+
+    def _observe(self, position: int, step: Pass, model: ir.Model, done: Step) -> None:
+        options = self.options
+        counters = ", ".join(f"{v} {k}" for k, v in done.counters.items())
+        moved = ""
+        if done.sqnr_after is not None and done.sqnr_after != done.sqnr_before:
+            moved = f"; SQNR {done.sqnr_before:.1f} -> {done.sqnr_after:.1f} dB"
+        options.log(f"{done.text}: {counters or 'nothing to count'}{moved} ({done.seconds:.1f} s)")
+        if options.print_changes:
+            options.log("\n".join(done.changed))
+        if step.name in options.print_after or "all" in options.print_after:
+            options.log(text.render(model))
+        if options.snapshots is not None:
+            options.snapshots.mkdir(parents=True, exist_ok=True)
+            stem = options.snapshots / f"{position:02d}-{step.name}"
+            stem.with_suffix(".txt").write_text(text.render(model, weights=True))
+            execute.save(model, stem.with_suffix(".onnx"))
+
+    def _refuse_float(self, model: ir.Model) -> None:
+        quantized = any("quantizeLinear" in n.op_type[1:] for n in model.graph)
+        if quantized or self.options.allow_float:
+            return
+        left = any(spec.all_specs(n) for n in model.graph)
+        cause = "the decisions were never lowered: end with insert-qdq" if left else (
+            "no layer was found that the passes and the target can quantize"
+        )
+        raise PassError(
+            f"nothing is quantized by {self.text!r}: {cause} (--allow-float writes it all the same)"
+        )
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Read an ONNX file as it is, without the repairs of capture."""
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf, onnx-ir and the file system raise their own kinds
+        raise QCompileError(f"{os.fspath(path)!r} is not a readable ONNX model: {error}") from error
+
+
+def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], weights: bool = False) -> list[str]:
+    """The changed lines between two ONNX files; ``weights`` compares the numbers as well."""
+    return text.changes(text.render(load(a), weights), text.render(load(b), weights))
+
+
+def parse_target(source: str) -> Target:
+    """The target that ``source`` names, as in ``tensorrt-rtx{cc=89,120}``."""
+    items = syntax.items(source)
+    if len(items) > 1:
+        raise QCompileError(f"{source!r} names several targets; give --target once for each")
+    return syntax.build(items[0], registry.targets(), "target", source)
+
+
+def stamp(
+    model: ir.Model, passes: str, target: Target, seed: int, calibration: Calibration | None
+) -> None:
+    """Write into the metadata of ``model`` how it was made."""
+    model.metadata_props["qcompile"] = json.dumps(
+        {
+            "pipeline": passes,
+            "target": str(target),
+            "seed": seed,
+            "data": calibration.data.digest if calibration else None,
+            "random_calibration": bool(calibration and calibration.data.random),
+            "versions": report.versions(),
+        },
+        sort_keys=True,
+    )
+
+
+def check_writable(out: pathlib.Path) -> None:
+    """Raise QCompileError if ``out`` cannot become our folder: foreign files, or no folder above."""
+    if out.is_file():
+        raise QCompileError(f"{str(out)!r} is a file; name a folder to write")
+    if out.is_dir() and any(out.iterdir()) and not list(out.rglob("report.json")):
+        raise QCompileError(
+            f"the folder {str(out)!r} holds files that qcompile did not write; name another"
+        )
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise QCompileError(f"cannot write into {str(parent)!r}")
+
+
+@contextlib.contextmanager
+def appearing(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder beside ``out`` that becomes ``out`` when the block ends well, and else goes."""
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if out.exists():
+            old = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=parent))
+            os.replace(out, old / "old")
+            os.replace(scratch, out)
+            shutil.rmtree(old)
+        else:
+            os.replace(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _warnings(
+    calibration: Calibration | None,
+    outputs: Sequence[report.Output],
+    apart: float | None,
+    size: report.Size,
+    latency: bench.Latency | None,
+) -> list[str]:
+    found: list[str] = []
+    if calibration is not None and calibration.data.random:
+        found.append("calibrated on random noise: ranges and accuracy say nothing about your data")
+    if calibration is not None and not calibration.apart:
+        found.append("too few samples to keep any apart: accuracy is on the calibration samples")
+    for output in outputs:
+        if not output.sqnr >= POOR_DB:
+            found.append(f"output {output.name!r} has only {output.sqnr:.1f} dB of SQNR")
+    worst = min((o.sqnr for o in outputs), default=math.inf)
+    if apart is not None and apart < worst + SIMULATION_MARGIN_DB:
+        found.append(
+            f"optimized and unoptimized runs agree to {apart:.1f} dB only, which is not "
+            f"{SIMULATION_MARGIN_DB:g} dB below the quantization noise ({worst:.1f} dB)"
+        )
+    if size.compiled_bytes >= size.float_bytes:
+        found.append("the file did not shrink")
+    if latency is not None and latency.ratio > 1.0:
+        found.append(f"the compiled model is slower than float: {latency.ratio:.2f}")
+    return found
+
+
+def _moved(
+    shapes: graph.Shapes, decided: ir.Model, calibration: Calibration | None
+) -> graph.Shapes:
+    """Shapes for the values of ``decided``, which passes may have renamed since capture."""
+    wanted = [layer.output.name or "" for layer in graph.layers(decided)]
+    if calibration is None or all(name in shapes for name in wanted):
+        return shapes
+    return {**calibration.shapes(decided), **shapes}
+
+
+def _data_report(calibration: Calibration) -> report.DataReport:
+    return report.DataReport(
+        source=calibration.data.source,
+        digest=calibration.data.digest,
+        samples=len(calibration.samples),
+        judged=len(calibration.judges),
+        judged_apart=calibration.apart,
+        random=calibration.data.random,
+    )
+
+
+def _bytes_of(main: pathlib.Path) -> int:
+    return sum(p.stat().st_size for p in main.parent.glob(f"{main.name}*"))
+
+
+def _name(source: Any) -> str:
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else type(source).__name__

@@ -1,0 +1,301 @@
+"""What was asked, what runs, what it costs: one set of figures for JSON and terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.resources
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+from rich.console import Console
+from rich.table import Table
+
+from qcompile import graph, numerics
+from qcompile.backends.base import Ran
+from qcompile.bench import Latency
+from qcompile.graph import Layer, Shapes
+from qcompile.pipeline import Step
+
+SCHEMA_VERSION = 1
+PACKAGES = ("qcompile", "onnx", "onnx-ir", "onnxruntime", "numpy", "tensorrt-rtx", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One captured layer. ``weight`` and ``input`` are what was asked; ``runs`` is by proof."""
+
+    name: str
+    op: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    macs: int
+    weight: str
+    input: str
+    nominal_bits: float
+    effective_bits: float
+    stored_bytes: int
+    float_bytes: int
+    sqnr: float | None
+    runs: str
+    kernel: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One output of the model against float, on the samples kept to judge."""
+
+    name: str
+    sqnr: float
+    cosine: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftAlone:
+    """What qcompile did not quantize, and why."""
+
+    name: str
+    op: str
+    macs: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DataReport:
+    """Where the samples came from. ``judged_apart`` is false if there were too few to keep any."""
+
+    source: str
+    digest: str
+    samples: int
+    judged: int
+    judged_apart: bool
+    random: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Bytes on disk of the float model (as captured) and of what was written."""
+
+    float_bytes: int
+    compiled_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The content of ``report.json``; ``report.schema.json`` describes it."""
+
+    model: str
+    pipeline: str
+    target: str
+    seed: int
+    versions: dict[str, str]
+    data: DataReport | None
+    passes: tuple[Step, ...]
+    layers: tuple[LayerReport, ...]
+    outputs: tuple[Output, ...]
+    left_alone: tuple[LeftAlone, ...]
+    share: dict[str, dict[str, float]]
+    size: Size
+    latency: Latency | None
+    simulated_against_run: float | None
+    warnings: tuple[str, ...]
+    schema: int = SCHEMA_VERSION
+
+    def share_of_macs(self, *precisions: str) -> float:
+        """The share of MACs that runs in one of ``precisions``, by proof; 0 to 1."""
+        return sum(self.share["macs"].get(p, 0.0) for p in precisions)
+
+    def fused(self) -> float:
+        """The share of MACs that runs in a precision below float, by proof; 0 to 1."""
+        return sum(v for k, v in self.share["macs"].items() if k not in ("float", "unknown"))
+
+    def to_json(self) -> str:
+        """The report as JSON; figures that are not finite become null."""
+        return json.dumps(_plain(dataclasses.asdict(self)), indent=1) + "\n"
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of ``report.json``."""
+    text = importlib.resources.files("qcompile").joinpath("report.schema.json").read_text()
+    return json.loads(text)
+
+
+def versions() -> dict[str, str]:
+    """The versions of what the result may depend on."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def layer_reports(
+    decided: ir.Model,
+    lowered: ir.Model,
+    proof: Mapping[str, Ran],
+    shapes: Shapes,
+    sqnr: Mapping[str, float],
+) -> list[LayerReport]:
+    """A row for each captured layer: ``decided`` is the model just before its lowering."""
+    stored = _stored_bytes(lowered)
+    rows: list[LayerReport] = []
+    for layer in graph.layers(decided):
+        for name in graph.origins(layer.node) or (layer.name,):
+            ran = proof.get(name, Ran("unknown", "", "nothing in the lowered graph stands for it"))
+            rows.append(_row(name, layer, ran, shapes, stored.get(name, 0), sqnr))
+    return rows
+
+
+def _row(
+    name: str, layer: Layer, ran: Ran, shapes: Shapes, stored: int, sqnr: Mapping[str, float]
+) -> LayerReport:
+    weight, entered = layer.weight.spec, layer.input.spec if layer.input else None
+    shape = graph.shape_of(layer.weight.value) or ()
+    constant = graph.is_constant(layer.weight.value)
+    count = math.prod(shape) if constant else 0
+    width = 0 if layer.weight.value.dtype is None else layer.weight.value.dtype.itemsize * 8
+    nominal = effective = float(width)
+    if weight is not None:
+        nominal = effective = float(numerics.parse_format(weight.format).bits)
+        groups = _groups(shape, weight.axis, weight.block)
+        effective += 32.0 * groups / max(count, 1) if constant else 0.0
+    return LayerReport(
+        name=name,
+        op=layer.node.op_type,
+        kind=layer.kind,
+        weight_shape=tuple(shape),
+        macs=layer.macs(shapes),
+        weight=str(weight or "float"),
+        input=str(entered or "float"),
+        nominal_bits=nominal,
+        effective_bits=effective,
+        stored_bytes=stored,
+        float_bytes=count * int(width // 8),
+        sqnr=sqnr.get(layer.biased_output.name or ""),
+        runs=ran.precision,
+        kernel=ran.kernel,
+        reason=ran.reason,
+    )
+
+
+def _groups(shape: Sequence[int], axis: int | None, block: int | None) -> int:
+    if axis is None:
+        return 1
+    return shape[axis] if block is None else math.prod(shape) // block
+
+
+def _stored_bytes(lowered: ir.Model) -> dict[str, int]:
+    """Bytes of the weight of each captured layer: codes, scales and zero points, or floats."""
+    found: dict[str, int] = {}
+    for node in lowered.graph:
+        for name in graph.origins(node):
+            total = 0
+            for value in node.inputs[:2]:
+                producer = value.producer() if value is not None else None
+                parts = [value] if producer is None else []
+                if producer is not None and producer.op_type == "DequantizeLinear":
+                    parts = list(producer.inputs)
+                    if parts[0] is not None and not parts[0].is_initializer():
+                        parts = []  # an activation
+                for part in parts:
+                    if part is not None and part.const_value is not None:
+                        total += part.const_value.nbytes
+            found[name] = max(found.get(name, 0), total)
+    return found
+
+
+def shares(rows: Sequence[LayerReport]) -> dict[str, dict[str, float]]:
+    """The share of MACs and of weights (by float bytes) at each precision, by proof."""
+    macs: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for row in rows:
+        macs[row.runs] = macs.get(row.runs, 0.0) + row.macs
+        weights[row.runs] = weights.get(row.runs, 0.0) + row.float_bytes
+    return {"macs": _normalized(macs), "weights": _normalized(weights)}
+
+
+def _normalized(parts: dict[str, float]) -> dict[str, float]:
+    total = sum(parts.values())
+    return {k: v / total for k, v in sorted(parts.items()) if v} if total else {}
+
+
+def left_alone(model: ir.Model, rows: Sequence[LayerReport]) -> list[LeftAlone]:
+    """Layers that run in float, and operators that are never entered or not understood."""
+    found = [
+        LeftAlone(row.name, row.op, row.macs, row.reason)
+        for row in rows
+        if row.runs in ("float", "unknown")
+    ]
+    for node in model.graph:
+        bodies = [a for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+        if bodies:
+            found.append(LeftAlone(node.name or "", node.op_type, 0, "control flow is not entered"))
+        elif node.domain not in ("", "ai.onnx"):
+            kind = f"{node.domain}::{node.op_type}"
+            found.append(LeftAlone(node.name or "", kind, 0, "a custom operator"))
+        elif node.op_type in ("LSTM", "GRU", "RNN", "Einsum", "Attention"):
+            found.append(LeftAlone(node.name or "", node.op_type, 0, "no quantized form yet"))
+    return found
+
+
+# -- for people ---------------------------------------------------------------------------------
+
+
+def show(report: Report, console: Console, verbose: bool = False) -> None:
+    """Print the summary; every layer if ``verbose``, else those that do not run as asked."""
+    title = f"{report.model} -> {report.target}"
+    console.print(f"[bold]{title}[/bold]", highlight=False)
+    summary = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for what, parts in report.share.items():
+        text = ", ".join(f"{v:.1%} {k}" for k, v in sorted(parts.items(), key=lambda p: -p[1]))
+        summary.add_row(f"share of {what}", text)
+    for output in report.outputs:
+        judged = report.data.judged if report.data else 0
+        where = "judge samples" if report.data and report.data.judged_apart else "calibration samples"
+        text = f"SQNR {output.sqnr:.1f} dB, cosine {output.cosine:.5f} ({judged} {where})"
+        summary.add_row(f"output {output.name}", text)
+    size = report.size
+    text = f"{_bytes(size.float_bytes)} -> {_bytes(size.compiled_bytes)}"
+    summary.add_row("size", f"{text} ({size.compiled_bytes / max(size.float_bytes, 1):.2f}x)")
+    if report.latency is not None:
+        latency = report.latency
+        text = f"{latency.ratio:.2f} of float ({latency.compiled_ms:.2f} ms against "
+        text += f"{latency.float_ms:.2f} ms; float against itself {latency.null:.2f})"
+        summary.add_row("latency", text)
+    console.print(summary)
+    rows = [r for r in report.layers if verbose or r.runs in ("float", "unknown")]
+    if rows:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for column in ("layer", "asked", "runs", "kernel", "SQNR", "MACs", "why"):
+            table.add_column(column, justify="right" if column in ("SQNR", "MACs") else "left")
+        for row in rows:
+            sqnr = "" if row.sqnr is None or not math.isfinite(row.sqnr) else f"{row.sqnr:.1f}"
+            asked = "float" if row.weight == "float" else f"{row.weight} x {row.input}"
+            table.add_row(row.name, asked, row.runs, row.kernel, sqnr, f"{row.macs:,}", row.reason)
+        console.print(table)
+    named = {row.name for row in report.layers}
+    others = [item for item in report.left_alone if item.name not in named]
+    for item in others:
+        console.print(f"left alone: {item.name} ({item.op}): {item.reason}", highlight=False)
+    for warning in report.warnings:
+        console.print(f"[bold red]warning:[/bold red] {warning}", highlight=False)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 10_000 else f"{count} B"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,124 @@
+"""The model as a target will compute it, and how far that is from float.
+
+Simulation is the lowered graph run with the runtime's optimizations off: the same codes and scales
+as the file, every operator in float between its Q/DQ pairs. For ``ort-cpu`` the tests compare it
+with what the optimized runtime computes; for TensorRT it is equal by definition until an engine runs
+on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile import execute, spec
+from qcompile.backends.base import Target
+from qcompile.calibrate import Sample
+from qcompile.execute import Session
+
+Array = npt.NDArray[Any]
+
+
+def simulate(model: ir.Model, target: Target) -> Session:
+    """``model`` as ``target`` computes it; a model without decisions runs in float."""
+    if any(spec.all_specs(node) for node in model.graph):
+        model = model.clone()
+        target.lower(model)
+    return Session(model, optimize=False)
+
+
+class Judge:
+    """Compares models with the float reference on samples that nothing was fitted on.
+
+    Powers are summed over all samples before they are divided, in float64.
+    """
+
+    def __init__(self, reference: ir.Model, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+        self.outputs = [v.name or "" for v in reference.graph.outputs if _is_float(v)]
+        session = Session(reference)
+        self._wanted = [session.run(sample, self.outputs) for sample in samples]
+
+    def sqnr(self, session: Session) -> dict[str, float]:
+        """SQNR in dB of each floating-point output of ``session``, by output name."""
+        return self._compare(self._wanted, session)
+
+    def cosine(self, session: Session) -> dict[str, float]:
+        """Mean cosine similarity of each output over the samples, by output name."""
+        found: dict[str, list[float]] = {name: [] for name in self.outputs}
+        for sample, wanted in zip(self.samples, self._wanted, strict=True):
+            for name, actual in session.run(sample, self.outputs).items():
+                found[name].append(cosine(wanted[name], actual))
+        return {name: float(np.mean(values)) for name, values in found.items()}
+
+    def worst(self, session: Session) -> float:
+        """The lowest SQNR of all outputs; infinity if there is no floating-point output."""
+        return min(self.sqnr(session).values(), default=float("inf"))
+
+    def between(self, one: Session, other: Session) -> dict[str, float]:
+        """SQNR in dB of ``other`` against ``one`` as the reference."""
+        return self._compare([one.run(sample, self.outputs) for sample in self.samples], other)
+
+    def _compare(self, wanted: Sequence[dict[str, Array]], session: Session) -> dict[str, float]:
+        signal = dict.fromkeys(self.outputs, 0.0)
+        noise = dict.fromkeys(self.outputs, 0.0)
+        for sample, expected in zip(self.samples, wanted, strict=True):
+            for name, actual in session.run(sample, self.outputs).items():
+                reference = np.asarray(expected[name], np.float64)
+                signal[name] += float(np.sum(reference**2))
+                noise[name] += float(np.sum((np.asarray(actual, np.float64) - reference) ** 2))
+        return {name: ratio(signal[name], noise[name]) for name in self.outputs}
+
+
+def sqnr(reference: npt.ArrayLike, actual: npt.ArrayLike) -> float:
+    """Signal-to-quantization-noise ratio of ``actual`` in dB; see ``ratio``."""
+    signal = np.asarray(reference, np.float64)
+    noise = np.asarray(actual, np.float64) - signal
+    return ratio(float(np.sum(signal**2)), float(np.sum(noise**2)))
+
+
+def ratio(signal: float, noise: float) -> float:
+    """Signal over noise in dB; infinite without noise, NaN if the noise is not finite."""
+    if not np.isfinite(noise):
+        return float("nan")
+    if noise == 0.0:
+        return float("inf")
+    return 10.0 * float(np.log10(signal / noise)) if signal > 0 else float("-inf")
+
+
+def cosine(one: Array, other: Array) -> float:
+    """Cosine of the angle between two arrays; 1 if both are zero."""
+    a, b = np.asarray(one, np.float64).ravel(), np.asarray(other, np.float64).ravel()
+    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return 1.0 if norm == 0.0 and np.array_equal(a, b) else float(a @ b / norm) if norm else 0.0
+
+
+def layer_sqnr(
+    reference: ir.Model, lowered: ir.Model, values: Sequence[str], samples: Sequence[Sample]
+) -> dict[str, float]:
+    """SQNR of inner values that both models have by name: error gathered up to there."""
+    shared = [v for v in values if v in _names(reference) and v in _names(lowered)]
+    if not shared:
+        return {}
+    one = Session(execute.fetch(reference, shared), optimize=False)
+    other = Session(execute.fetch(lowered, shared), optimize=False)
+    signal, noise = dict.fromkeys(shared, 0.0), dict.fromkeys(shared, 0.0)
+    for sample in samples:
+        actual = other.run(sample)
+        for name, expected in one.run(sample).items():
+            expected = expected.astype(np.float64)
+            signal[name] += float(np.sum(expected**2))
+            noise[name] += float(np.sum((actual[name].astype(np.float64) - expected) ** 2))
+    return {name: ratio(signal[name], noise[name]) for name in shared}
+
+
+def _names(model: ir.Model) -> set[str]:
+    return {v.name or "" for node in model.graph for v in node.outputs}
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.is_floating_point()
