@@ -19,7 +19,7 @@ import onnx_ir as ir
 from qcompile import graph, numerics, spec, syntax
 from qcompile.errors import TargetError
 from qcompile.graph import Layer, Use
-from qcompile.numerics import Grid
+from qcompile.numerics import Grid, IntFormat
 from qcompile.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -33,6 +33,16 @@ class Ran:
     precision: str
     kernel: str
     reason: str = ""
+
+
+def together(one: Ran | None, other: Ran) -> Ran:
+    """How a layer runs that two kernels do parts of: in float as soon as one of them does."""
+    if one is None or one.precision == other.precision:
+        return other
+    for ran in (one, other):
+        if ran.precision in ("unknown", "float"):
+            return dataclasses.replace(ran, reason=f"a part of the layer: {ran.reason}")
+    return Ran(f"{one.precision} + {other.precision}", f"{one.kernel} + {other.kernel}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +146,11 @@ class Lowering:
         """The grid that ``value``, the output of a DequantizeLinear of ours, lies on."""
         return self._grids.get(value)
 
-    def weight(self, use: Use, decided: TensorSpec) -> Grid:
-        """Replace the weight that ``use`` reads by codes and a DequantizeLinear; merge equal ones."""
+    def weight(self, use: Use, decided: TensorSpec, wide: bool = False) -> Grid:
+        """Replace the weight that ``use`` reads by codes and a DequantizeLinear; merge equal ones.
+
+        ``wide`` stores codes of fewer bits in 8, which integer kernels want beside an int8 input.
+        """
         initializers = self.model.graph.initializers
         form = numerics.parse_format(decided.format)
         scale = graph.constant(initializers[decided.scale]).astype(np.float32)
@@ -146,24 +159,27 @@ class Lowering:
             zero = numerics.unpack(_tensor(initializers[decided.zero_point]))
         grid = Grid(form, scale, zero, decided.axis, decided.block)
         value = use.value
-        key = (value, repr(decided).encode())
+        key = (value, repr((decided, wide)).encode())
         if key not in self._pairs:
             if decided.codes:
                 codes = numerics.unpack(_tensor(initializers[decided.codes]))
             else:
                 codes = grid.quantize(graph.constant(value).astype(np.float32))
-            self._pairs[key] = self._dequantize_weight(value, codes, grid)
+            stored = IntFormat(8, form.signed) if wide else form
+            self._pairs[key] = self._dequantize_weight(value, codes, grid, stored)
             self._grids[self._pairs[key]] = grid
         use.read_from(self._pairs[key])
         self.weight_grids[use.node] = grid
         return grid
 
-    def _dequantize_weight(self, value: ir.Value, codes: numerics.Codes, grid: Grid) -> ir.Value:
+    def _dequantize_weight(
+        self, value: ir.Value, codes: numerics.Codes, grid: Grid, stored: IntFormat
+    ) -> ir.Value:
         name = value.name or "weight"
         inputs = [
-            graph.add_constant(self.model, f"{name}/codes", numerics.pack(codes, grid.format, "")),
+            graph.add_constant(self.model, f"{name}/codes", numerics.pack(codes, stored, "")),
             graph.add_constant(self.model, f"{name}/scale", grid.scale),
-            self._zero_point(name, grid),
+            self._zero_point(name, grid, stored),
         ]
         attributes: dict[str, int] = {}
         if grid.axis is not None:
@@ -175,9 +191,9 @@ class Lowering:
             output=f"{name}/dequantized", like=value,
         )  # fmt: skip
 
-    def _zero_point(self, name: str, grid: Grid) -> ir.Value:
+    def _zero_point(self, name: str, grid: Grid, stored: IntFormat) -> ir.Value:
         # Written even when it is 0: without it the type of the codes is lost in some rewrites.
-        packed = numerics.pack(grid.zero_point, grid.format, "")
+        packed = numerics.pack(grid.zero_point, stored, "")
         return graph.add_constant(self.model, f"{name}/zero_point", packed)
 
     def bias(self, use: Use, codes: numerics.Codes, scale: numerics.Floats) -> None:
@@ -202,7 +218,7 @@ class Lowering:
         if key not in self._pairs:
             name = value.name or "value"
             scale = graph.add_constant(self.model, f"{name}/scale", grid.scale)
-            zero = self._zero_point(name, grid)
+            zero = self._zero_point(name, grid, grid.format)
             kind = ir.Value(type=ir.TensorType(grid.format.dtype), shape=value.shape)
             quantized = graph.insert(
                 self.model, "QuantizeLinear", [value, scale, zero],
@@ -236,7 +252,8 @@ class Lowering:
         graph.remove_dead(self.model)
         small = {ir.DataType.INT4, ir.DataType.UINT4}
         dtypes = {v.dtype for v in self.model.graph.initializers.values()}
-        raise_opset(self.model, 21 if dtypes & small else 0, newest_opset)
+        blocks = any("block_size" in node.attributes for node in self.model.graph)
+        raise_opset(self.model, 21 if dtypes & small or blocks else 0, newest_opset)
 
 
 def raise_opset(model: ir.Model, oldest: int, newest: int) -> None:
@@ -282,6 +299,32 @@ def absorbed(value: ir.Value) -> ir.Value:
         if low is not None and graph.is_constant(low) and float(graph.constant(low)) == 0.0:
             return node.outputs[0]
     return value
+
+
+def no_dialect_holds(layer: Layer) -> str:
+    """Why no dialect of Q/DQ pairs runs ``layer`` in integers; "" if nothing stands against it."""
+    uses = [use for use in (layer.input, layer.weight) if use is not None]
+    for use in uses:
+        if use.value.dtype not in (ir.DataType.FLOAT, None):
+            return f"a layer of {use.value.dtype.name.lower()}: Q/DQ pairs are for float32 only"
+    decided = layer.weight.spec
+    if decided is not None and decided.block is not None and layer.input and layer.input.spec:
+        return "no kernel multiplies a quantized input with weights that have a scale a block"
+    return ""
+
+
+def float_in_file(node: ir.Node) -> bool:
+    """Whether no input of ``node`` comes out of a DequantizeLinear: no runtime lowers it further."""
+    writers = [v.producer() for v in node.inputs[:2] if v is not None]
+    return not any(w is not None and w.op_type == "DequantizeLinear" for w in writers)
+
+
+def why_float(node: ir.Node, otherwise: str) -> str:
+    """Why a layer of the lowered graph runs in float: what a rule said, or what was asked."""
+    said = node.metadata_props.get(graph.REASON)
+    if said:
+        return said
+    return "float was asked for" if float_in_file(node) else otherwise
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qcompile import execute, graph
 from qcompile.backends import ort_rules
-from qcompile.backends.base import Ran, Rule, Target
+from qcompile.backends.base import Ran, Rule, Target, float_in_file, together, why_float
 
 if TYPE_CHECKING:
     from qcompile.calibrate import Calibration
@@ -59,12 +59,8 @@ def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
     by_weight = {
         w: graph.origins(n) for n in lowered.graph if graph.origins(n) for w in _weights(n)
     }
-    reasons = {
-        o: n.metadata_props[graph.REASON]
-        for n in lowered.graph
-        for o in graph.origins(n)
-        if graph.REASON in n.metadata_props
-    }
+    missed = "the runtime found no integer kernel for the pattern"
+    reasons = {o: why_float(n, missed) for n in lowered.graph for o in graph.origins(n)}
     found: dict[str, Ran] = {}
     for node in optimized.graph.all_nodes():
         precision = ort_rules.INTEGER_KERNELS.get(node.op_type)
@@ -77,12 +73,18 @@ def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
         )
         for layer in ids:
             if precision is None:
-                reason = reasons.get(layer, "the runtime found no integer kernel for the pattern")
-                found[layer] = Ran("float", node.op_type, reason)
+                ran = Ran("float", node.op_type, reasons.get(layer, missed))
             else:
-                found[layer] = Ran(precision, node.op_type)
-    for layer in {o for ids in by_node.values() for o in ids} - set(found):
-        found[layer] = Ran("unknown", "", "no kernel of this name in the optimized graph")
+                ran = Ran(precision, node.op_type)
+            found[layer] = together(found.get(layer), ran)
+    for node in lowered.graph:
+        for layer in graph.origins(node):
+            if layer in found:
+                continue
+            if float_in_file(node):
+                found[layer] = Ran("float", "", reasons[layer])
+            else:
+                found[layer] = Ran("unknown", "", "no kernel of this name in the optimized graph")
     return found
 
 

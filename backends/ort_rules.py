@@ -14,7 +14,14 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile import graph, numerics
-from qcompile.backends.base import MOVES, Lowering, absorbed, activation_range, rules
+from qcompile.backends.base import (
+    MOVES,
+    Lowering,
+    absorbed,
+    activation_range,
+    no_dialect_holds,
+    rules,
+)
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
 
@@ -22,8 +29,9 @@ UINT8 = IntFormat(8, signed=False)
 
 
 def keep_float(low: Lowering) -> int:
-    """Leave in float what has no integer kernel here: ConvTranspose, embeddings, and Gemm with a
-    transposed input, alpha or beta.
+    """Leave in float what has no integer kernel here: ConvTranspose, Gemm with a transposed input,
+    alpha, beta or a bias that differs from row to row, block scales beside a quantized input, and
+    what is not float32.
     """
     count = 0
     for layer in list(low.decided()):
@@ -31,10 +39,15 @@ def keep_float(low: Lowering) -> int:
         scaled = (
             graph.attribute(node, "alpha", 1.0) != 1.0 or graph.attribute(node, "beta", 1.0) != 1.0
         )
-        if layer.kind == "conv-transpose":
+        reason = no_dialect_holds(layer)
+        if reason:
+            low.keep_float(layer, reason)
+        elif layer.kind == "conv-transpose":
             low.keep_float(layer, "no int8 kernel for ConvTranspose")
         elif node.op_type == "Gemm" and (scaled or graph.attribute(node, "transA", 0)):
             low.keep_float(layer, "no int8 kernel for Gemm with transA, alpha or beta")
+        elif node.op_type == "Gemm" and _by_row(layer):
+            low.keep_float(layer, "no int8 kernel for Gemm with a bias that differs by row")
         elif layer.kind == "attention" and not (
             layer.input and layer.input.spec and layer.weight.spec
         ):
@@ -45,6 +58,14 @@ def keep_float(low: Lowering) -> int:
             continue
         count += 1
     return count
+
+
+def _by_row(layer: Layer) -> bool:
+    """Whether the bias of a Gemm is more than one number a channel."""
+    if layer.bias is None:
+        return False
+    shape = graph.shape_of(layer.bias.value)
+    return shape is None or any(d != 1 for d in shape[:-1])
 
 
 def bias_range(low: Lowering) -> int:
@@ -117,12 +138,17 @@ def channels_of_four(low: Lowering) -> int:
 
 
 def weights(low: Lowering) -> int:
-    """Store weights as signed int8 codes (uint8 ones are 2.5 times slower), dequantized in place."""
+    """Store weights as signed codes (unsigned ones are 2.5 times slower), dequantized in place.
+
+    Beside a quantized input they take 8 bits whatever their format, because no kernel multiplies
+    int8 with narrower codes; alone, those of up to 4 bits are packed.
+    """
     count = 0
     for layer in low.decided():
         if layer.kind == "attention" or layer.weight.spec is None:
             continue
-        low.weight(layer.weight, layer.weight.spec)
+        beside = layer.input is not None and layer.input.spec is not None
+        low.weight(layer.weight, layer.weight.spec, wide=beside)
         count += 1
     return count
 
@@ -207,9 +233,7 @@ def int32_bias(low: Lowering) -> int:
         if layer.bias is None or layer.bias.node is not layer.node:
             continue
         if layer.node in low.input_grids and graph.is_constant(layer.bias.value):
-            _quantize_bias(
-                low, layer.bias, low.input_grids[layer.node], low.weight_grids[layer.node]
-            )
+            _quantize_bias(low, layer, layer.bias)
             count += 1
     return count
 
@@ -218,7 +242,8 @@ def matmul_bias(low: Lowering) -> int:
     """Keep the runtime from fusing MatMul and bias into a float Gemm.
 
     Behind a MatMul of rank 3 and above the bias becomes [1, ..., 1, N], which the fusion does not
-    match; MatMul and Add of rank 2 become one Gemm with an int32 bias.
+    match; MatMul and Add of rank 2 become one Gemm with an int32 bias. A vector times a matrix, and a
+    bias of higher rank than the product, are not fused in any case.
     """
     count = 0
     for layer in low.layers:
@@ -227,9 +252,9 @@ def matmul_bias(low: Lowering) -> int:
         if layer.node not in low.input_grids:
             continue
         rank = graph.rank_of(layer.output) or graph.rank_of(layer.biased_output)
-        if rank is None:
-            continue
         bias = graph.constant(layer.bias.value)
+        if rank is None or rank < 2 or bias.ndim > rank:
+            continue
         if rank > 2:
             shaped = bias.reshape((1,) * (rank - 1) + (-1,))
             name = f"{layer.bias.value.name}/rank{rank}"
@@ -252,12 +277,16 @@ def _to_gemm(low: Lowering, layer: Layer, bias: graph.Array) -> None:
     assert gemm is not None
     graph.redirect(low.model, add.outputs[0], output, keep=lambda _: False)
     graph.fuse(gemm, layer.node, add)
-    _quantize_bias(low, Use(gemm, 2), low.input_grids[layer.node], low.weight_grids[layer.node])
+    _quantize_bias(low, layer, Use(gemm, 2))
 
 
-def _quantize_bias(low: Lowering, use: Use, entered: Grid, weight: Grid) -> None:
-    bias = graph.constant(use.value).astype(np.float64).reshape(-1)
-    scale = np.broadcast_to(entered.scale * weight.scale, bias.shape).astype(np.float32)
+def _quantize_bias(low: Lowering, layer: Layer, use: Use) -> None:
+    weight = graph.shape_of(layer.weight.value)
+    assert weight is not None
+    channels = (weight[layer.channel_axis],)
+    bias = np.broadcast_to(graph.constant(use.value).astype(np.float64).reshape(-1), channels)
+    product = low.input_grids[layer.node].scale * low.weight_grids[layer.node].scale
+    scale = np.broadcast_to(product, channels).astype(np.float32)
     codes = np.rint(bias / scale.astype(np.float64))
     limit = np.iinfo(np.int32).max
     low.bias(use, np.clip(codes, -limit, limit).astype(np.int32), np.ascontiguousarray(scale))

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qcompile import calibrate, execute, graph
 from qcompile.backends import trt_plan, trt_rules
-from qcompile.backends.base import Ran, Rule, Target
+from qcompile.backends.base import Ran, Rule, Target, float_in_file, together, why_float
 from qcompile.backends.trt_build import Answer, Request
 from qcompile.errors import TargetError
 
@@ -90,11 +90,13 @@ class TensorRtRtx(Target):
         for node in model.graph:
             step = kernels.get(node.name or "")
             for layer in graph.origins(node):
+                reason = why_float(node, "the builder chose a float kernel")
                 if step is not None:
-                    found[layer] = _ran(step, node.metadata_props.get(graph.REASON, ""))
+                    found[layer] = together(found.get(layer), _ran(step, reason))
+                elif layer not in found and float_in_file(node):
+                    found[layer] = Ran("float", "", reason)
                 elif layer not in found:
-                    reason = "no kernel of this name in the plan"
-                    found[layer] = Ran("unknown", "", reason)
+                    found[layer] = Ran("unknown", "", "no kernel of this name in the plan")
         return found
 
 
@@ -117,4 +119,4 @@ def _ran(step: trt_plan.Step, reason: str) -> Ran:
         return Ran("int8", kernel, "built, not run")
     if integers:
         return Ran(f"{integers[0]} weights", kernel, "built, not run")
-    return Ran("float", kernel, reason or "the builder chose a float kernel")
+    return Ran("float", kernel, reason)

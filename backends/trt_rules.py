@@ -8,7 +8,7 @@ itself. What the hardware has no fast int8 kernel for stays float, and says why.
 from __future__ import annotations
 
 from qcompile import graph, numerics
-from qcompile.backends.base import Lowering, activation_range, rules
+from qcompile.backends.base import Lowering, activation_range, no_dialect_holds, rules
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
 
@@ -20,7 +20,8 @@ MIN_CHANNELS = 16
 def keep_float(low: Lowering) -> int:
     """Leave in float what int8 makes slower: depthwise Conv and ConvTranspose (weights are blown up,
     or run in float all the same), Conv and linear layers with fewer than 16 channels in or out (a
-    first Conv excepted), and Gemm with a transposed input.
+    first Conv excepted), Gemm with a transposed input, block scales beside a quantized input (the
+    builder is suspected to apply them once a channel), and what is not float32.
     """
     count = 0
     for layer in list(low.decided()):
@@ -32,6 +33,9 @@ def keep_float(low: Lowering) -> int:
 
 
 def _why_float(low: Lowering, layer: Layer) -> str:
+    unheld = no_dialect_holds(layer)
+    if unheld:
+        return unheld
     if layer.kind == "depthwise":
         return "TensorRT has no fast int8 kernel for a depthwise Conv"
     if layer.kind == "conv-transpose":
@@ -59,11 +63,14 @@ def _why_float(low: Lowering, layer: Layer) -> str:
 
 
 def weights(low: Lowering) -> int:
-    """Store weights as symmetric int8 (int4 where only the weight is quantized), dequantized in place."""
+    """Store weights as symmetric int8 (int4 where only the weight is quantized, and the format has at
+    most 4 bits), dequantized in place.
+    """
     count = 0
     for layer in low.decided():
         if layer.kind != "attention" and layer.weight.spec is not None:
-            low.weight(layer.weight, layer.weight.spec)
+            beside = layer.input is not None and layer.input.spec is not None
+            low.weight(layer.weight, layer.weight.spec, wide=beside)
             count += 1
     return count
 

@@ -55,10 +55,11 @@ class Set(Pass):
                 layer.input.decide(None)
             elif layer.input is not None and self.input != "keep":
                 decide_input(layer.input, self.input)
-            if not spec.all_specs(layer.node):
-                layer.node.metadata_props[graph.REASON] = f"{self}"
         if self.weight not in ("float", "keep"):
             weighted = [layer for layer in chosen if graph.is_constant(layer.weight.value)]
             how = Quantize(self.weight, "float", self.granularity, self.block, self.method)
             decide_weights(model, weighted, how, ctx)
+        for layer in chosen:
+            if not spec.all_specs(layer.node):
+                layer.node.metadata_props[graph.REASON] = f"{self}"
         return {"layers": len(chosen)}

@@ -306,19 +306,27 @@ class Calibration:
         outputs = list(reduced.graph.outputs)
         reduced.graph.outputs.clear()
         for value in outputs:
-            for kind in ("ReduceMin", "ReduceMax"):
-                node = ir.Node("", kind, [value], attributes=[ir.AttrInt64("keepdims", 0)])
+            # The runtime's extremes pass over a NaN that is not alone, so NaN is looked for apart.
+            bad = ir.Node("", "IsNaN", [value])
+            whole = ir.Node("", "Cast", bad.outputs, [ir.AttrInt64("to", ir.DataType.FLOAT)])
+            reduced.graph.extend([bad, whole])
+            bad.outputs[0].name, whole.outputs[0].name = f"nan/{value.name}", f"nans/{value.name}"
+            bad.outputs[0].type = ir.TensorType(ir.DataType.BOOL)
+            whole.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+            sides = (("ReduceMin", value), ("ReduceMax", value), ("ReduceMax", whole.outputs[0]))
+            for kind, read in sides:
+                node = ir.Node("", kind, [read], attributes=[ir.AttrInt64("keepdims", 0)])
                 reduced.graph.append(node)
-                node.outputs[0].name = f"{kind}/{value.name}"
-                node.outputs[0].type, node.outputs[0].shape = value.type, ir.Shape(())
+                node.outputs[0].name = f"{kind}/{read.name}"
+                node.outputs[0].type, node.outputs[0].shape = read.type, ir.Shape(())
                 reduced.graph.outputs.append(node.outputs[0])
         session = execute.Session(reduced)
         low = np.full(len(values), np.inf)
         high = np.full(len(values), -np.inf)
         for number, sample in enumerate(self._swept("ranges")):
-            found = np.array(list(session.run(sample).values()), np.float64).reshape(-1, 2)
-            bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
-            for index in bad:
+            answers = np.array(list(session.run(sample).values()), np.float64).reshape(-1, 3)
+            found, nans = answers[:, :2], answers[:, 2] > 0
+            for index in np.flatnonzero(nans | ~np.isfinite(found).all(axis=1)):
                 if not (np.isposinf(found[index, 0]) and np.isneginf(found[index, 1])):
                     raise CalibrationError(
                         f"value {values[index]!r} has NaN or infinity for sample {number}"
@@ -345,8 +353,12 @@ class Calibration:
     def _moments(self, model: ir.Model, values: Sequence[str]) -> dict[str, Moments]:
         found: dict[str, Moments] = {}
         session = execute.Session(execute.fetch(model, values))
-        for sample in self._swept("moments"):
+        for number, sample in enumerate(self._swept("moments")):
             for name, array in session.run(sample).items():
+                if not np.isfinite(array).all():
+                    raise CalibrationError(
+                        f"value {name!r} has NaN or infinity for sample {number}"
+                    )
                 channel = 1 if array.ndim == 2 or array.ndim >= 4 else -1
                 rows = np.moveaxis(array, channel, -1).reshape(-1, array.shape[channel])
                 found[name] = _merge(found.get(name), rows.astype(np.float64))

@@ -184,7 +184,7 @@ class Compiler:
         shapes = calibration.shapes(reference) if calibration else {}
         values = [layer.biased_output.name or "" for layer in graph.layers(decided)]
         sqnr = simulate.layer_sqnr(reference, lowered, values, judge.samples[:4]) if judge else {}
-        rows = report.layer_reports(decided, lowered, proof, _moved(shapes, decided, calibration), sqnr)
+        rows = report.layer_reports(reference, decided, lowered, proof, shapes, sqnr)
         size = report.Size(execute.weight_bytes(reference), _bytes_of(main))
         outputs: list[report.Output] = []
         apart: float | None = None
@@ -381,20 +381,10 @@ def _warnings(
             f"{SIMULATION_MARGIN_DB:g} dB below the quantization noise ({worst:.1f} dB)"
         )
     if size.compiled_bytes >= size.float_bytes:
-        found.append("the file did not shrink")
+        found.append("the file did not shrink: it has more bytes than the weights in float")
     if latency is not None and latency.ratio > 1.0:
         found.append(f"the compiled model is slower than float: {latency.ratio:.2f}")
     return found
-
-
-def _moved(
-    shapes: graph.Shapes, decided: ir.Model, calibration: Calibration | None
-) -> graph.Shapes:
-    """Shapes for the values of ``decided``, which passes may have renamed since capture."""
-    wanted = [layer.output.name or "" for layer in graph.layers(decided)]
-    if calibration is None or all(name in shapes for name in wanted):
-        return shapes
-    return {**calibration.shapes(decided), **shapes}
 
 
 def _data_report(calibration: Calibration) -> report.DataReport:

@@ -20,7 +20,7 @@ import networkx as nx
 import numpy as np
 import onnx_ir as ir
 
-from qcompile import graph, syntax, text
+from qcompile import graph, spec, syntax, text
 from qcompile.errors import PassError, QCompileError, VerifyError
 
 if TYPE_CHECKING:
@@ -141,16 +141,14 @@ def check(passes: Sequence[Pass], targets: Sequence[Target]) -> None:
     Words: the order of the passes. Extras: packages that a pass needs. Targets: each weight and
     activation format that a pass will ask for must be one that the target can hold.
     """
-    holds: set[str] = set()
-    spoiled: dict[str, Pass] = {}
+    problem = _first_problem(passes)
+    if problem is not None:
+        step, word, spoiler = problem
+        if word is None:
+            cause = f"{step.name} stands after the lowering, which must be last"
+            raise PassError(_with_order(cause, passes))
+        raise PassError(_order_message(passes, step, word, spoiler))
     for step in passes:
-        for word in sorted(step.requires - holds):
-            raise PassError(_order_message(passes, step, word, spoiled.get(word)))
-        if "lowered" in holds:
-            raise PassError(f"{step.name} stands after the lowering; insert-qdq must be last")
-        for word in step.invalidates & holds:
-            spoiled[word] = step
-        holds = (holds - step.invalidates) | step.produces
         for need in sorted(step.needs):
             if importlib.util.find_spec(need) is None:
                 raise PassError(f"{step.name} needs {need}: pip install 'qcompile[{need}]'")
@@ -162,29 +160,62 @@ def check(passes: Sequence[Pass], targets: Sequence[Target]) -> None:
                 target.refuse_input(form, str(step))
 
 
+def _first_problem(passes: Sequence[Pass]) -> tuple[Pass, str | None, Pass | None] | None:
+    """The first pass that cannot stand where it does, the word it misses, and who spoiled that.
+
+    The word is None for a pass behind the lowering.
+    """
+    holds: set[str] = set()
+    spoiled: dict[str, Pass] = {}
+    for step in passes:
+        if "lowered" in holds:
+            return step, None, None
+        for word in sorted(step.requires - holds):
+            return step, word, spoiled.get(word)
+        for word in step.invalidates & holds:
+            spoiled[word] = step
+        holds = (holds - step.invalidates) | step.produces
+    return None
+
+
 def _order_message(passes: Sequence[Pass], step: Pass, word: str, spoiler: Pass | None) -> str:
-    producers = [p for p in passes if word in p.produces]
+    producers = [p for p in passes if word in p.produces and word not in p.requires]
     if not producers:
         return f"{step.name} requires {word!r}, which no pass of this pipeline produces"
     if spoiler is not None:
         cause = f"{spoiler.name} invalidates the {word!r} that {step.name} requires"
     else:
         cause = f"{step.name} requires {word!r}, which only {producers[0].name} behind it produces"
+    return _with_order(cause, passes)
+
+
+def _with_order(cause: str, passes: Sequence[Pass]) -> str:
     order = _working_order(passes)
     return f"{cause}; this order works: {to_text(order)}" if order else cause
 
 
 def _working_order(passes: Sequence[Pass]) -> list[Pass] | None:
-    """An order that keeps producers before readers and spoilers before producers, if any."""
+    """An order in which every pass finds its words, as near to the given one as may be, or None.
+
+    Producers stand before readers. A spoiler stands before what produces the word anew, unless it
+    needs that word itself, as the lowering does; and the lowering is last.
+    """
     order: nx.DiGraph[int] = nx.DiGraph()
     order.add_nodes_from(range(len(passes)))
-    for i, one in enumerate(passes):
-        for j, other in enumerate(passes):
-            if i != j and (one.produces & other.requires or one.invalidates & other.produces):
-                order.add_edge(i, j)
+    pairs = [(i, j) for i in range(len(passes)) for j in range(len(passes)) if i != j]
+    for i, j in pairs:
+        # Two passes that both read and write a word, such as two of set, keep their order.
+        mutual = passes[j].produces & passes[i].requires
+        if passes[i].produces & passes[j].requires and (i < j or not mutual):
+            order.add_edge(i, j)
+    for i, j in pairs:
+        spoils = passes[i].invalidates & passes[j].produces and not nx.has_path(order, j, i)
+        if spoils or ("lowered" in passes[j].produces and "lowered" not in passes[i].produces):
+            order.add_edge(i, j)
     if not nx.is_directed_acyclic_graph(order):
         return None
-    return [passes[i] for i in nx.lexicographical_topological_sort(order)]
+    found = [passes[i] for i in nx.lexicographical_topological_sort(order)]
+    return found if _first_problem(found) is None else None
 
 
 def fork(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:
@@ -254,6 +285,7 @@ def run(
             if isinstance(error, PassError):
                 raise PassError(f"{step}: {error}") from error
             raise
+        _forget(model, step.invalidates)
         seconds = time.perf_counter() - started
         if watch.verify:
             try:
@@ -264,8 +296,9 @@ def run(
         changed = text.changes(before, after)
         measured = watch.measure(model) if watch.measure and changed else sqnr
         if watch.check_numerics and step.keeps_float and measured is not None:
-            lost = min(sqnr if sqnr is not None else np.inf, SAME_FUNCTION_DB) - measured
-            if lost > 0:
+            kept = min(sqnr if sqnr is not None else np.inf, SAME_FUNCTION_DB)
+            # Not "<": the SQNR of outputs that are no longer finite is NaN.
+            if not (measured >= kept or np.isnan(kept)):
                 raise VerifyError(f"pass {step} changed the float function: {measured:.1f} dB")
         done = Step(str(step), seconds, counters, tuple(changed), sqnr, measured)
         steps.append(done)
@@ -273,3 +306,14 @@ def run(
             watch.after(position, step, model, done)
         before, sqnr = after, measured
     return steps
+
+
+def _forget(model: ir.Model, words: frozenset[str]) -> None:
+    """Take away the specs or ranges that no longer hold, so that nothing stale can be lowered."""
+    if "specs" in words:
+        for node in model.graph:
+            spec.clear(node)
+    if "ranges" in words:
+        graph.clear_ranges(model)
+    if words & {"specs", "ranges"}:
+        graph.remove_dead(model)

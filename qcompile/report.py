@@ -19,6 +19,7 @@ from qcompile.backends.base import Ran
 from qcompile.bench import Latency
 from qcompile.graph import Layer, Shapes
 from qcompile.pipeline import Step
+from qcompile.spec import TensorSpec
 
 SCHEMA_VERSION = 1
 PACKAGES = ("qcompile", "onnx", "onnx-ir", "onnxruntime", "numpy", "tensorrt-rtx", "torch")
@@ -136,52 +137,81 @@ def versions() -> dict[str, str]:
 
 
 def layer_reports(
+    reference: ir.Model,
     decided: ir.Model,
     lowered: ir.Model,
     proof: Mapping[str, Ran],
     shapes: Shapes,
     sqnr: Mapping[str, float],
 ) -> list[LayerReport]:
-    """A row for each captured layer: ``decided`` is the model just before its lowering."""
-    stored = _stored_bytes(lowered)
-    rows: list[LayerReport] = []
+    """A row for each layer as captured in ``reference``, whatever passes made of it.
+
+    ``decided`` is the model just before its lowering, ``shapes`` are those of ``reference``, and
+    ``sqnr`` is by the name of a value of ``decided``.
+    """
+    stands_for: dict[str, list[Layer]] = {}
     for layer in graph.layers(decided):
-        for name in graph.origins(layer.node) or (layer.name,):
-            ran = proof.get(name, Ran("unknown", "", "nothing in the lowered graph stands for it"))
-            rows.append(_row(name, layer, ran, shapes, stored.get(name, 0), sqnr))
-    return rows
+        for name in graph.origins(layer.node):
+            stands_for.setdefault(name, []).append(layer)
+    stored = _stored_bytes(lowered)
+    lost = Ran("unknown", "", "nothing in the lowered graph stands for it")
+    return [
+        _row(
+            layer, stands_for.get(layer.name, []), proof.get(layer.name, lost),
+            layer.macs(shapes), stored.get(layer.name, 0), sqnr,
+        )
+        for layer in graph.layers(reference)
+    ]  # fmt: skip
 
 
 def _row(
-    name: str, layer: Layer, ran: Ran, shapes: Shapes, stored: int, sqnr: Mapping[str, float]
+    captured: Layer,
+    parts: Sequence[Layer],
+    ran: Ran,
+    macs: int,
+    stored: int,
+    sqnr: Mapping[str, float],
 ) -> LayerReport:
-    weight, entered = layer.weight.spec, layer.input.spec if layer.input else None
-    shape = graph.shape_of(layer.weight.value) or ()
-    constant = graph.is_constant(layer.weight.value)
-    count = math.prod(shape) if constant else 0
-    width = 0 if layer.weight.value.dtype is None else layer.weight.value.dtype.itemsize * 8
-    nominal = effective = float(width)
-    if weight is not None:
-        nominal = effective = float(numerics.parse_format(weight.format).bits)
-        groups = _groups(shape, weight.axis, weight.block)
-        effective += 32.0 * groups / max(count, 1) if constant else 0.0
+    shape = graph.shape_of(captured.weight.value) or ()
+    dtype = captured.weight.value.dtype
+    itemsize = 0 if dtype is None else dtype.itemsize
+    count = math.prod(shape) if graph.is_constant(captured.weight.value) else 0
+    weights = [part.weight.spec for part in parts if graph.is_constant(part.weight.value)]
+    widths = [_bits(part, itemsize * 8.0) for part in parts]
+    outputs = [sqnr[n] for part in parts if (n := part.biased_output.name or "") in sqnr]
     return LayerReport(
-        name=name,
-        op=layer.node.op_type,
-        kind=layer.kind,
+        name=captured.name,
+        op=captured.node.op_type,
+        kind=captured.kind,
         weight_shape=tuple(shape),
-        macs=layer.macs(shapes),
-        weight=str(weight or "float"),
-        input=str(entered or "float"),
-        nominal_bits=nominal,
-        effective_bits=effective,
+        macs=macs,
+        weight=_asked([*weights] or [part.weight.spec for part in parts]),
+        input=_asked([part.input.spec for part in parts if part.input is not None]),
+        nominal_bits=min((nominal for nominal, _ in widths), default=itemsize * 8.0),
+        effective_bits=sum(total for _, total in widths) / max(count, 1) if count else 0.0,
         stored_bytes=stored,
-        float_bytes=count * int(width // 8),
-        sqnr=sqnr.get(layer.biased_output.name or ""),
+        float_bytes=count * int(itemsize),
+        sqnr=outputs[-1] if outputs else None,
         runs=ran.precision,
         kernel=ran.kernel,
         reason=ran.reason,
     )
+
+
+def _asked(specs: Sequence[TensorSpec | None]) -> str:
+    """What was asked of the parts of a layer, each once."""
+    return " + ".join(dict.fromkeys(str(s or "float") for s in specs)) or "float"
+
+
+def _bits(part: Layer, width: float) -> tuple[float, float]:
+    """Nominal bits a weight of ``part``, and all its bits with scales and zero points."""
+    decided, shape = part.weight.spec, graph.shape_of(part.weight.value) or ()
+    count = math.prod(shape)
+    if decided is None:
+        return width, width * count
+    nominal = float(numerics.parse_format(decided.format).bits)
+    groups = _groups(shape, decided.axis, decided.block)
+    return nominal, nominal * count + 32.0 * groups + (nominal * groups if decided.zero_point else 0)
 
 
 def _groups(shape: Sequence[int], axis: int | None, block: int | None) -> int:
@@ -269,22 +299,40 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
         text += f"{latency.float_ms:.2f} ms; float against itself {latency.null:.2f})"
         summary.add_row("latency", text)
     console.print(summary)
-    rows = [r for r in report.layers if verbose or r.runs in ("float", "unknown")]
-    if rows:
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        for column in ("layer", "asked", "runs", "kernel", "SQNR", "MACs", "why"):
-            table.add_column(column, justify="right" if column in ("SQNR", "MACs") else "left")
-        for row in rows:
-            sqnr = "" if row.sqnr is None or not math.isfinite(row.sqnr) else f"{row.sqnr:.1f}"
-            asked = "float" if row.weight == "float" else f"{row.weight} x {row.input}"
-            table.add_row(row.name, asked, row.runs, row.kernel, sqnr, f"{row.macs:,}", row.reason)
-        console.print(table)
+    _show_layers(report, console) if verbose else _show_float(report, console)
     named = {row.name for row in report.layers}
     others = [item for item in report.left_alone if item.name not in named]
     for item in others:
         console.print(f"left alone: {item.name} ({item.op}): {item.reason}", highlight=False)
     for warning in report.warnings:
         console.print(f"[bold red]warning:[/bold red] {warning}", highlight=False)
+
+
+def _show_layers(report: Report, console: Console) -> None:
+    """Every layer in a row."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("layer", "asked", "runs", "kernel", "SQNR", "MACs", "why"):
+        table.add_column(column, justify="right" if column in ("SQNR", "MACs") else "left")
+    for row in report.layers:
+        sqnr = "" if row.sqnr is None or not math.isfinite(row.sqnr) else f"{row.sqnr:.1f}"
+        asked = "float" if row.weight == "float" else f"{row.weight} x {row.input}"
+        table.add_row(row.name, asked, row.runs, row.kernel, sqnr, f"{row.macs:,}", row.reason)
+    console.print(table)
+
+
+def _show_float(report: Report, console: Console) -> None:
+    """The layers that stay float or are unknown, gathered by reason."""
+    total = sum(row.macs for row in report.layers) or 1
+    groups: dict[tuple[str, str], list[LayerReport]] = {}
+    for row in report.layers:
+        if row.runs in ("float", "unknown"):
+            groups.setdefault((row.runs, row.reason), []).append(row)
+    for (runs, reason), rows in groups.items():
+        share = sum(row.macs for row in rows) / total
+        names = ", ".join(row.name for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
+        count = "1 layer" if len(rows) == 1 else f"{len(rows)} layers"
+        line = f"{runs}: {count}, {share:.1%} of the MACs: {reason} ({names})"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _bytes(count: int) -> str:

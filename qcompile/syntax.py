@@ -123,8 +123,20 @@ def build(item: Item, known: Mapping[str, type[T]], what: str, text: str) -> T:
     try:
         return kind(**values)
     except QCompileError as error:
-        column = item.options[0].column if item.options else item.column
+        column = _culprit(item, kind, values)
         raise PipelineSyntaxError(f"{item.name}: {error}", text, column) from error
+
+
+def _culprit(item: Item, kind: type[Any], values: Mapping[str, Any]) -> int:
+    """The column of the option without which ``kind`` takes the others; else that of the item."""
+    for option in item.options:
+        field = option.key.replace("-", "_")
+        try:
+            kind(**{key: value for key, value in values.items() if key != field})
+        except QCompileError:
+            continue
+        return option.value_column
+    return item.column
 
 
 def options_of(kind: type[Any]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def _graph(body: ir.Graph, weights: bool, indent: str) -> Iterator[str]:
         digest = f" #{_digest(value)}" if weights else ""
         yield f"{indent}w {_typed(value)}{digest}"
     for node in body:
-        yield f"{indent}{_node(node)}"
+        yield f"{indent}{_node(node, weights)}"
         for attr in node.attributes.values():
             if attr.type == ir.AttributeType.GRAPH:
                 yield from _graph(attr.value, weights, f"{indent}  {attr.name}: ")
@@ -55,7 +55,7 @@ def _graph(body: ir.Graph, weights: bool, indent: str) -> Iterator[str]:
                     yield from _graph(inner, weights, f"{indent}  {attr.name}: ")
 
 
-def _node(node: ir.Node) -> str:
+def _node(node: ir.Node, weights: bool) -> str:
     specs = spec.all_specs(node)
     operands = ", ".join(
         "" if v is None else f"%{v.name}" + (f"{{{specs[i]}}}" if i in specs else "")
@@ -63,7 +63,7 @@ def _node(node: ir.Node) -> str:
     )
     domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}::"
     attributes = ", ".join(
-        f"{name}={_attribute(node.attributes[name])}"
+        f"{name}={_attribute(node.attributes[name], weights)}"
         for name in sorted(node.attributes)
         if node.attributes[name].type
         not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
@@ -88,14 +88,15 @@ def _dimension(dimension: Any) -> str:
     return str(dimension.value) if dimension.value is not None else "?"
 
 
-def _attribute(attr: ir.Attr) -> str:
+def _attribute(attr: ir.Attr, weights: bool) -> str:
     if attr.is_ref():
         return f"@{attr.ref_attr_name}"
     value: Any = attr.value
     if attr.type == ir.AttributeType.FLOAT:
         return f"{value:.6g}"
     if attr.type == ir.AttributeType.TENSOR:
-        return f"{value.dtype.name.lower()}{list(value.shape)}"
+        digest = f" #{graph.tensor_digest(value)[:12]}" if weights else ""
+        return f"{value.dtype.name.lower()}{list(value.shape)}{digest}"
     if isinstance(value, (tuple, list)):
         return f"[{','.join(str(v) for v in value)}]"  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     return str(value)

@@ -1,0 +1,274 @@
+"""INT8, one command and no option a model: accuracy, what runs in integers, size and latency.
+
+    python tests/benchmarks/int8.py [--quick] [--seeds N] [--json FILE]
+
+Every row is the default recipe unless it says otherwise. The judge data calibrated nothing. SQNR is
+over all judge samples together, with the 95 % interval of a bootstrap over samples; ``bound`` is the
+SQNR with weights alone at 8 bits and every activation in float. Shares are of the MACs, by the proof.
+Latency is the median ratio to float, one thread, interleaved, with the float-to-float null beside it.
+``--quick`` takes the shipped models only. The recipe draws nothing at random, so seeds change the
+bootstrap alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+import qcompile
+from qcompile import capture, execute, pipeline, registry, report, simulate
+from qcompile.backends.onnxruntime import OrtCpu
+from qcompile.calibrate import Calibration, Sample, inputs_of, load
+from qcompile.models import fashion
+
+Array = npt.NDArray[Any]
+FACTORIES = "qcompile.models.public"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One model with its data. ``labels`` are of the judge samples, where accuracy means something."""
+
+    name: str
+    model: str
+    calibration: str
+    judge: Callable[[], Iterable[Sample]]
+    labels: Callable[[], Array] | None = None
+    passes: str = "@int8"
+    targets: tuple[str, ...] = ("ort-cpu", "tensorrt-rtx")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    work: str
+    target: str
+    passes: str
+    sqnr: float
+    interval: tuple[float, float]
+    bound: float
+    accuracy: float | None
+    float_accuracy: float | None
+    share_int8: float
+    linear_int8: str
+    float_mb: float
+    mb: float
+    latency: float | None
+    null: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim of the README, and whether it holds."""
+
+    claim: str
+    holds: bool
+    value: float
+    control: float
+    interval: tuple[float, float] | None
+    seeds: int
+
+
+def fashion_judge() -> list[Sample]:
+    """The test pictures, one a sample."""
+    return [{"image": picture[None]} for picture in fashion.test()[0]]
+
+
+def public(name: str) -> Callable[[], Iterable[Sample]]:
+    """The judge data ``name`` of the public models, loaded when it is needed."""
+
+    def samples() -> Iterable[Sample]:
+        from qcompile.models import public as module
+
+        return getattr(module, name)()
+
+    return samples
+
+
+def fashion_work(name: str, file: str) -> Work:
+    path, data = fashion.path(file), fashion.path(fashion.CALIBRATION)
+    return Work(name, str(path), str(data), fashion_judge, lambda: fashion.test()[1])
+
+
+SHIPPED = (fashion_work("CNN", fashion.CNN), fashion_work("ViT", fashion.VIT))
+RESNET = Work(
+    "ResNet-18, random weights", f"{FACTORIES}:resnet18", f"{FACTORIES}:resnet18_calibration",
+    lambda: itertools.islice(public("resnet18_calibration")(), 48, None),
+)  # fmt: skip
+LITE0 = Work(
+    "EfficientNet-Lite0", f"{FACTORIES}:efficientnet_lite0",
+    f"{FACTORIES}:efficientnet_calibration", public("efficientnet_judge"),
+)  # fmt: skip
+MINILM = Work(
+    "MiniLM", f"{FACTORIES}:minilm", f"{FACTORIES}:minilm_calibration", public("minilm_judge")
+)
+ROTATED = dataclasses.replace(
+    MINILM,
+    name="MiniLM, rotated",
+    passes="fold-bn,smooth-hadamard{block=32},calibrate,quantize,insert-qdq",
+    targets=("ort-cpu",),
+)
+
+
+def powers(
+    reference: execute.Session, compiled: execute.Session, samples: Iterable[Sample]
+) -> tuple[Array, Array, Array, Array]:
+    """Signal and noise power of the first output for each sample, and both arg max."""
+    rows: list[tuple[float, float, int, int]] = []
+    for sample in samples:
+        [wanted, *_] = reference.run(sample).values()
+        [actual, *_] = compiled.run(sample).values()
+        noise = float(np.sum((actual.astype(np.float64) - wanted) ** 2))
+        rows.append((float(np.sum(wanted.astype(np.float64) ** 2)), noise, wanted.argmax(), actual.argmax()))
+    signal, noise, one, other = map(np.array, zip(*rows, strict=True))
+    return signal, noise, one, other
+
+
+def bootstrap(signal: Array, noise: Array, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the SQNR over resampled samples."""
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(signal), (1000, len(signal)))
+    drawn = 10 * np.log10(signal[picks].sum(axis=1) / noise[picks].sum(axis=1))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def weights_alone(work: Work, samples: list[Sample]) -> float:
+    """SQNR with only the weights at 8 bits."""
+    model = capture.capture(work.model)
+    reference = model.clone()
+    data = load(work.calibration, inputs_of(model))
+    context = pipeline.Context(calibration=Calibration(data), target=OrtCpu(), reference=reference)
+    text = "simplify,fold-bn,calibrate,quantize{input=float},insert-qdq"
+    pipeline.run(model, pipeline.parse(text, registry.passes()), context)
+    return simulate.Judge(reference, samples).worst(execute.Session(model, optimize=False))
+
+
+def measure(work: Work, seed: int) -> tuple[list[Row], list[report.Report]]:
+    """Compile ``work`` for its targets in one run and judge each."""
+    judges = list(work.judge())
+    reference = execute.Session(capture.capture(work.model))
+    bound = weights_alone(work, judges[:64])
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        results = qcompile.compile(
+            work.model, pathlib.Path(folder) / "out",
+            passes=work.passes, targets=work.targets, calib=work.calibration, latency=True,
+        )  # fmt: skip
+        for result in results:
+            here = result.report
+            compiled = execute.Session(
+                result.folder / "model.onnx", optimize=here.target.startswith("ort")
+            )
+            signal, noise, one, other = powers(reference, compiled, judges)
+            labels = None if work.labels is None else work.labels()
+            weighted = [r for r in here.layers if r.kind in ("conv", "depthwise", "linear")]
+            rows.append(
+                Row(
+                    work=work.name,
+                    target=here.target,
+                    passes=work.passes,
+                    sqnr=float(10 * np.log10(signal.sum() / noise.sum())),
+                    interval=bootstrap(signal, noise, seed),
+                    bound=bound,
+                    accuracy=None if labels is None else float(np.mean(other == labels)),
+                    float_accuracy=None if labels is None else float(np.mean(one == labels)),
+                    share_int8=here.share_of_macs("int8"),
+                    linear_int8=f"{sum(r.runs == 'int8' for r in weighted)}/{len(weighted)}",
+                    float_mb=here.size.float_bytes / 1e6,
+                    mb=here.size.compiled_bytes / 1e6,
+                    latency=here.latency.ratio if here.latency else None,
+                    null=here.latency.null if here.latency else None,
+                )
+            )
+    return rows, [result.report for result in results]
+
+
+def claims(rows: list[Row], seeds: int) -> list[Claim]:
+    """What the README says of these rows."""
+    found: list[Claim] = []
+
+    def say(claim: str, value: float | None, control: float, above: bool, row: Row) -> None:
+        if value is not None:
+            holds = value >= control if above else value <= control
+            interval = row.interval if "SQNR" in claim else None
+            found.append(Claim(claim, bool(holds), value, control, interval, seeds))
+
+    by_name = {(row.work, row.target): row for row in rows}
+    least = {"EfficientNet-Lite0": 18.0, "MiniLM": 17.0}
+    slowest = {"EfficientNet-Lite0": 0.5, "MiniLM": 0.6, RESNET.name: 1 / 3}
+    for (name, target), row in by_name.items():
+        if target != "ort-cpu":
+            continue
+        if name in least:
+            say(f"{name}: SQNR", row.sqnr, least[name], True, row)
+        if name in slowest:
+            say(f"{name}: latency ratio", row.latency, slowest[name], False, row)
+        done, total = map(float, row.linear_int8.split("/"))
+        say(f"{name}: weighted layers in int8", done, total, True, row)
+        if row.accuracy is not None and row.float_accuracy is not None:
+            say(f"{name}: accuracy", row.accuracy, row.float_accuracy - 0.01, True, row)
+    plain, rotated = by_name.get((MINILM.name, "ort-cpu")), by_name.get((ROTATED.name, "ort-cpu"))
+    if plain and rotated:
+        gain = rotated.sqnr - plain.sqnr
+        say("MiniLM: gain of smooth-hadamard{block=32} in dB", gain, 4.0, True, rotated)
+    return found
+
+
+def table(rows: list[Row]) -> Table:
+    """The rows for people."""
+    shown = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("model", "target", "SQNR dB", "bound", "top-1 (float)", "MACs int8", "layers", "MB", "latency", "null"):  # fmt: skip
+        shown.add_column(column, justify="left" if column in ("model", "target") else "right")
+    for row in rows:
+        accuracy = "" if row.accuracy is None else f"{row.accuracy:.2%} ({row.float_accuracy:.2%})"
+        latency = "" if row.latency is None else f"{row.latency:.2f}"
+        null = "" if row.null is None else f"{row.null:.2f}"
+        interval = f"[{row.interval[0]:.1f}, {row.interval[1]:.1f}]"
+        shown.add_row(
+            row.work, row.target, f"{row.sqnr:.1f} {interval}", f"{row.bound:.1f}", accuracy,
+            f"{row.share_int8:.1%}", row.linear_int8, f"{row.float_mb:.2f} -> {row.mb:.2f}", latency, null,
+        )  # fmt: skip
+    return shown
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the shipped models only")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of the bootstrap")
+    parser.add_argument("--json", type=pathlib.Path, help="write rows and claims to this file")
+    arguments = parser.parse_args()
+    works = SHIPPED if arguments.quick else (*SHIPPED, RESNET, LITE0, MINILM, ROTATED)
+    rows: list[Row] = []
+    for work in works:
+        rows += measure(work, arguments.seeds - 1)[0]
+    console = Console(markup=False, width=150)
+    console.print(table(rows))
+    said = claims(rows, arguments.seeds)
+    for claim in said:
+        mark = "holds" if claim.holds else "FAILS"
+        console.print(f"{mark}: {claim.claim}: {claim.value:.3g} against {claim.control:.3g}", highlight=False)
+    if arguments.json:
+        content = {
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "claims": [dataclasses.asdict(claim) for claim in said],
+            "versions": report.versions(),
+        }
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
