@@ -1,8 +1,8 @@
 """What a target is, and the lowering that every dialect shares.
 
-A target holds formats, has a dialect of named rules that turns decisions into the Q/DQ form that its
-runtime runs fast, writes the file, and proves from what the runtime made of it which layer runs in
-which precision.
+A target holds formats, has a dialect of named rules that turns decisions into the Q/DQ form that
+its runtime runs fast, writes the file, and proves from what the runtime made of it which layer runs
+in which precision.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import abc
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
+from onnxscript import version_converter
 
 from qcompile import graph, numerics, spec, syntax
 from qcompile.errors import TargetError
@@ -105,7 +106,9 @@ class Target(abc.ABC):
         """Raise TargetError, with the command that installs it, if the runtime is missing."""
 
     @abc.abstractmethod
-    def emit(self, model: ir.Model, folder: pathlib.Path, calibration: Calibration) -> pathlib.Path:
+    def emit(
+        self, model: ir.Model, folder: pathlib.Path, calibration: Calibration | None
+    ) -> pathlib.Path:
         """Write the lowered ``model`` into ``folder`` and return the file that runs."""
 
     @abc.abstractmethod
@@ -240,7 +243,7 @@ class Lowering:
         graph.redirect(self.model, value, dequantized, keep=lambda use: use.node is quantize)
 
     def finish(self, newest_opset: int) -> None:
-        """Name the nodes for the proof, drop what decisions left behind, raise the opset if needed."""
+        """Name the nodes for the proof, drop what decisions left, raise the opset if needed."""
         taken: dict[str, int] = {}
         for node in self.model.graph:
             spec.clear(node)
@@ -262,9 +265,8 @@ def raise_opset(model: ir.Model, oldest: int, newest: int) -> None:
     if opset > newest:
         raise TargetError(f"the model has opset {opset}; this target reads up to {newest}")
     if opset < oldest:
-        from onnxscript import version_converter
-
-        version_converter.convert_version(model, oldest, fallback=False)
+        converter: Any = version_converter  # partly untyped
+        converter.convert_version(model, oldest, fallback=False)
         if model.opset_imports.get("", 0) != oldest:
             raise TargetError(f"the model could not be raised from opset {opset} to {oldest}")
 
@@ -283,15 +285,15 @@ def activation_range(model: ir.Model, value: ir.Value) -> tuple[float, float] | 
     return graph.range_of(model, value)
 
 
-MOVES = frozenset("MaxPool Reshape Flatten Transpose Squeeze Unsqueeze".split())
+MOVES = frozenset(["MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"])
 
 
 def absorbed(value: ir.Value) -> ir.Value:
-    """Behind a layer, the output of a ReLU or Clip from 0 that is the only reader; else ``value``."""
-    uses = value.uses()
-    if len(uses) != 1 or value.is_graph_output():
+    """The output of a ReLU or Clip from 0 that is the only reader of ``value``; else ``value``."""
+    read = graph.readers(value)
+    if len(read) != 1 or value.is_graph_output():
         return value
-    node, index = uses[0]
+    node, index = read[0].node, read[0].index
     if index == 0 and node.op_type == "Relu":
         return node.outputs[0]
     if index == 0 and node.op_type == "Clip" and len(node.inputs) > 1:
@@ -314,7 +316,7 @@ def no_dialect_holds(layer: Layer) -> str:
 
 
 def float_in_file(node: ir.Node) -> bool:
-    """Whether no input of ``node`` comes out of a DequantizeLinear: no runtime lowers it further."""
+    """Whether no input of ``node`` was dequantized: then no runtime lowers it further."""
     writers = [v.producer() for v in node.inputs[:2] if v is not None]
     return not any(w is not None and w.op_type == "DequantizeLinear" for w in writers)
 

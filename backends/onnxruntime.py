@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the target ``ort-cpu``, its file, and the proof from the optimized graph."""
+"""ONNX Runtime on the CPU: the target ``ort-cpu``, and the proof from the optimized graph."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class OrtCpu(Target):
     def available(self) -> None:
         """Always there: ONNX Runtime is a dependency."""
 
-    def emit(self, model: ir.Model, folder: pathlib.Path, calibration: Calibration) -> pathlib.Path:
+    def emit(
+        self, model: ir.Model, folder: pathlib.Path, calibration: Calibration | None
+    ) -> pathlib.Path:
         """Write ``model.onnx`` (with ``model.onnx.data`` when large)."""
         path = folder / "model.onnx"
         execute.save(model, path)
@@ -45,7 +47,7 @@ class OrtCpu(Target):
         with tempfile.TemporaryDirectory(prefix="qcompile-") as scratch:
             path = pathlib.Path(scratch) / "optimized.onnx"
             execute.Session(folder / "model.onnx", save_optimized=path)
-            optimized = ir.load(path)
+            optimized = execute.load(path)
             return kernels(optimized, model)
 
 

@@ -1,7 +1,7 @@
 """The dialect of ONNX Runtime on x86 CPUs with VNNI: the rules, in the order of the lowering.
 
-The runtime runs an integer kernel only where it finds an exact pattern: uint8 activations with their
-own zero point, int8 weights (one scale a channel costs nothing), int32 biases with the scale
+The runtime runs an integer kernel only where it finds an exact pattern: uint8 activations with
+their own zero point, int8 weights (one scale a channel costs nothing), int32 biases with the scale
 ``s_x * s_w``, a QuantizeLinear behind every Conv, and never a MatMul with a bias that it could fuse
 into a float Gemm. Each rule says what it does and why.
 """
@@ -30,8 +30,8 @@ UINT8 = IntFormat(8, signed=False)
 
 def keep_float(low: Lowering) -> int:
     """Leave in float what has no integer kernel here: ConvTranspose, Gemm with a transposed input,
-    alpha, beta or a bias that differs from row to row, block scales beside a quantized input, and
-    what is not float32.
+    alpha, beta or a bias that differs from row to row, MatMul of a vector, block scales beside a
+    quantized input, and what is not float32.
     """
     count = 0
     for layer in list(low.decided()):
@@ -46,6 +46,8 @@ def keep_float(low: Lowering) -> int:
             low.keep_float(layer, "no int8 kernel for ConvTranspose")
         elif node.op_type == "Gemm" and (scaled or graph.attribute(node, "transA", 0)):
             low.keep_float(layer, "no int8 kernel for Gemm with transA, alpha or beta")
+        elif node.op_type == "MatMul" and layer.input and graph.rank_of(layer.input.value) == 1:
+            low.keep_float(layer, "no int8 kernel for a vector times a matrix")
         elif node.op_type == "Gemm" and _by_row(layer):
             low.keep_float(layer, "no int8 kernel for Gemm with a bias that differs by row")
         elif layer.kind == "attention" and not (
@@ -71,8 +73,9 @@ def _by_row(layer: Layer) -> bool:
 def bias_range(low: Lowering) -> int:
     """Widen the weight scale of a channel whose bias would overflow int32.
 
-    A bias is stored as int32 with the scale ``s_x * s_w``. Where ``|b|`` is beyond 2**30 such steps,
-    the weights of the channel are negligible beside it, so a wider weight scale costs nothing.
+    A bias is stored as int32 with the scale ``s_x * s_w``. Where ``|b|`` is beyond 2**30 such
+    steps, the weights of the channel are negligible beside it, so a wider weight scale costs
+    nothing.
     """
     count = 0
     for layer in low.decided():
@@ -242,8 +245,8 @@ def matmul_bias(low: Lowering) -> int:
     """Keep the runtime from fusing MatMul and bias into a float Gemm.
 
     Behind a MatMul of rank 3 and above the bias becomes [1, ..., 1, N], which the fusion does not
-    match; MatMul and Add of rank 2 become one Gemm with an int32 bias. A vector times a matrix, and a
-    bias of higher rank than the product, are not fused in any case.
+    match; MatMul and Add of rank 2 become one Gemm with an int32 bias. A bias of higher rank than
+    the product is not fused in any case.
     """
     count = 0
     for layer in low.layers:
@@ -253,7 +256,7 @@ def matmul_bias(low: Lowering) -> int:
             continue
         rank = graph.rank_of(layer.output) or graph.rank_of(layer.biased_output)
         bias = graph.constant(layer.bias.value)
-        if rank is None or rank < 2 or bias.ndim > rank:
+        if rank is None or bias.ndim > rank:
             continue
         if rank > 2:
             shaped = bias.reshape((1,) * (rank - 1) + (-1,))

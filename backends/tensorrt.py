@@ -52,7 +52,9 @@ class TensorRtRtx(Target):
                 "the target tensorrt-rtx needs its builder: pip install 'qcompile[tensorrt-rtx]'"
             )
 
-    def emit(self, model: ir.Model, folder: pathlib.Path, calibration: Calibration) -> pathlib.Path:
+    def emit(
+        self, model: ir.Model, folder: pathlib.Path, calibration: Calibration | None
+    ) -> pathlib.Path:
         """Write ``model.onnx``, which the engine is made of, and ``model.engine``.
 
         Raises TargetError if the parser or the builder refuses the model, or crashes.
@@ -100,11 +102,16 @@ class TensorRtRtx(Target):
         return found
 
 
-def profile(model: ir.Model, calibration: Calibration) -> dict[str, list[list[int]]]:
-    """For each input with a dynamic dimension its smallest, first and largest calibration shape."""
+def profile(model: ir.Model, calibration: Calibration | None) -> dict[str, list[list[int]]]:
+    """For each input with a dynamic dimension its smallest, first and largest calibration shape.
+
+    Raises TargetError if there is a dynamic dimension and no data.
+    """
     shapes: dict[str, list[list[int]]] = {}
     for wanted in calibrate.inputs_of(model):
         if None in wanted.shape:
+            if calibration is None:
+                raise TargetError(f"{wanted} is dynamic: give --calib, whose shapes bound it")
             seen = [list(sample[wanted.name].shape) for sample in calibration.data.samples]
             least = [min(dims) for dims in zip(*seen, strict=True)]
             most = [max(dims) for dims in zip(*seen, strict=True)]

@@ -17,7 +17,7 @@ _LAYERS = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step of the program: operation, kernel name, the types it reads, the ONNX nodes it does."""
+    """One step of the program: operation, kernel, the types it reads, the ONNX nodes it does."""
 
     operation: str
     name: str

@@ -18,10 +18,10 @@ MIN_CHANNELS = 16
 
 
 def keep_float(low: Lowering) -> int:
-    """Leave in float what int8 makes slower: depthwise Conv and ConvTranspose (weights are blown up,
-    or run in float all the same), Conv and linear layers with fewer than 16 channels in or out (a
-    first Conv excepted), Gemm with a transposed input, block scales beside a quantized input (the
-    builder is suspected to apply them once a channel), and what is not float32.
+    """Leave in float what int8 makes slower: depthwise Conv and ConvTranspose (weights are blown
+    up, or run in float all the same), Conv and linear layers with fewer than 16 channels in or out
+    (a first Conv excepted), Gemm with a transposed input, block scales beside a quantized input
+    (the builder is suspected to apply them once a channel), and what is not float32.
     """
     count = 0
     for layer in list(low.decided()):
@@ -63,8 +63,8 @@ def _why_float(low: Lowering, layer: Layer) -> str:
 
 
 def weights(low: Lowering) -> int:
-    """Store weights as symmetric int8 (int4 where only the weight is quantized, and the format has at
-    most 4 bits), dequantized in place.
+    """Store weights as symmetric int8 (int4 where only the weight is quantized, and the format has
+    at most 4 bits), dequantized in place.
     """
     count = 0
     for layer in low.decided():

@@ -48,7 +48,9 @@ class Calibrate(Pass):
         observer = "minmax" if self.method == "minmax" else "histogram"
         found = ctx.data().stats(model, values, observer)
         form = IntFormat(self.bits, signed=False)
-        by_name = {v.name: v for v in (*model.graph.inputs, *(o for n in model.graph for o in n.outputs))}
+        by_name = {
+            v.name: v for v in (*model.graph.inputs, *(o for n in model.graph for o in n.outputs))
+        }
         for name, statistic in found.items():
             if isinstance(statistic, calibrate.MinMax):
                 low, high = statistic.low, statistic.high

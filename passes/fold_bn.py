@@ -18,10 +18,10 @@ from qcompile.pipeline import Context, Pass, Stats
 
 @dataclasses.dataclass(frozen=True)
 class FoldBn(Pass):
-    """``BN(W x + b)`` becomes ``(g W) x + (g (b - mean) + beta)`` with ``g = gamma / sqrt(var + eps)``.
+    """``BN(W x + b)`` becomes ``(g W) x + (g (b - mean) + beta)``, ``g = gamma / sqrt(var + eps)``.
 
-    ``W`` is [O, I, kh, kw] of a Conv ([I, O / groups, kh, kw] of a ConvTranspose) or the weight of a
-    Gemm; ``g``, mean, var and beta are [O]. The fold is done in float64. Left alone, and counted:
+    ``W`` is [O, I, kh, kw] of a Conv ([I, O / groups, kh, kw] of a ConvTranspose) or the weight of
+    a Gemm; ``g``, mean, var and beta are [O]. The fold is done in float64. Left alone, and counted:
     a BatchNormalization in training mode, with statistics that are not constant, or behind anything
     but a layer whose only reader it is.
     """

@@ -28,9 +28,9 @@ class Quantize(Pass):
 
     ``weight``, ``input``: a format, or ``float``. ``granularity`` is that of weights: one scale a
     tensor, an output channel, or ``block`` weights along the summed axis of a linear layer.
-    ``method`` searches the range of each scale. Weights are symmetric. An activation gets the format
-    and the name of its calibrated range; the dialect makes scale and zero point of it. ``attention``
-    is the format of both sides of a product of two activations.
+    ``method`` searches the range of each scale. Weights are symmetric. An activation gets the
+    format and the name of its calibrated range; the dialect makes scale and zero point of it.
+    ``attention`` is the format of both sides of a product of two activations.
 
     Raises PassError for an unknown format, a glob that matches nothing, or a block that does not
     divide the weight.
@@ -68,7 +68,9 @@ class Quantize(Pass):
         excluded = {layer.node for layer in graph.select(model, self.exclude, "exclude")}
         chosen = graph.select(model, self.include, "include") if any(graph.layers(model)) else []
         chosen = [layer for layer in chosen if layer.node not in excluded]
-        weighted = [la for la in chosen if la.kind in ("conv", "depthwise", "linear", "conv-transpose")]
+        weighted = [
+            la for la in chosen if la.kind in ("conv", "depthwise", "linear", "conv-transpose")
+        ]
         if self.weight != "float":
             decide_weights(model, weighted, self, ctx)
         inputs = 0

@@ -26,7 +26,8 @@ class Simplify(Pass):
     * A weight or bias of a layer that stands behind Transpose, Reshape, Cast, ... becomes one
       initializer. Large weights of layers that need nothing are not read.
     * A bias of a Conv that is all zeros goes.
-    * A Reshape whose computed shape is known, up to dimensions that it keeps, gets a constant shape.
+    * A Reshape whose computed shape is known, up to dimensions that it keeps, gets a constant
+      shape.
     * A Pad with zeros, whose only reader is a Conv, becomes the padding of that Conv; a Pad by
       nothing goes.
     """
@@ -51,10 +52,12 @@ class Simplify(Pass):
                 use.read_from(made[value])
                 folded += 1
             bias = layer.bias
-            if bias is not None and layer.node.op_type == "Conv" and graph.is_constant(bias.value):
-                if not graph.constant(bias.value).any():
-                    layer.node.resize_inputs(2)
-                    biases += 1
+            constant = bias is not None and graph.is_constant(bias.value)
+            if bias is None or not constant or layer.node.op_type != "Conv":
+                continue
+            if not graph.constant(bias.value).any():
+                layer.node.resize_inputs(2)
+                biases += 1
         reshapes = sum(_fix_shape(model, node) for node in list(model.graph))
         pads = sum(_absorb_pad(model, node) for node in list(model.graph) if node.op_type == "Pad")
         graph.remove_dead(model)
@@ -99,8 +102,8 @@ def _absorb_pad(model: ir.Model, pad: ir.Node) -> bool:
     if not amounts.any():
         graph.redirect(model, padded, entered, keep=lambda _: False)
         return True
-    uses = padded.uses()
-    conv = uses[0][0] if len(uses) == 1 and uses[0][1] == 0 else None
+    read = graph.readers(padded)
+    conv = read[0].node if len(read) == 1 and read[0].index == 0 else None
     if conv is None or conv.op_type != "Conv" or conv.graph is not model.graph:
         return False
     plain = graph.attribute(conv, "auto_pad", "NOTSET") in ("NOTSET", "VALID")
@@ -121,7 +124,7 @@ def _amounts(pad: ir.Node) -> npt.NDArray[np.int64] | None:
         return None
     if values[1] is None or not graph.is_constant(values[1]):
         return None
-    if values[2] is not None:
-        if not graph.is_constant(values[2]) or float(graph.constant(values[2]).item()) != 0.0:
-            return None
+    filler = values[2]
+    if filler is not None and (not graph.is_constant(filler) or graph.constant(filler).any()):
+        return None
     return graph.constant(values[1]).astype(np.int64).reshape(2, -1)

@@ -8,9 +8,10 @@ same algebra with one block.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import scipy.linalg
 
@@ -26,9 +27,10 @@ class SmoothHadamard(Pass):
     """``x W = (x G)(G^T W)`` with ``G`` block-diagonal, its blocks orthonormal Hadamard matrices.
 
     Outliers of ``x`` are spread over each block, so the grid of ``x G`` is finer; the function is
-    unchanged up to rounding. Linear layers (``x`` [..., K], ``W`` [K, N] or transposed) and 1x1 Convs
-    of one group (``x`` [B, K, H, W]) are rotated. All readers of one ``x`` share one rotation, which
-    costs ``block`` MACs an element: Reshape and a [block, block] MatMul, or a grouped 1x1 Conv.
+    unchanged up to rounding. Linear layers (``x`` [..., K], ``W`` [K, N] or transposed) and 1x1
+    Convs of one group (``x`` [B, K, H, W]) are rotated. All readers of one ``x`` share one
+    rotation, which costs ``block`` MACs an element: Reshape and a [block, block] MatMul, or a
+    grouped 1x1 Conv.
 
     Left alone, and counted: layers whose K is not a multiple of ``block``, and inputs of unknown
     rank. A ``block`` that is no power of two raises PassError.
@@ -49,8 +51,9 @@ class SmoothHadamard(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         excluded = {layer.node for layer in graph.select(model, self.exclude, "exclude")}
-        hadamard: Floats = scipy.linalg.hadamard(self.block).astype(np.float32)
-        hadamard /= np.float32(np.sqrt(self.block))
+        library: Any = scipy.linalg  # untyped
+        signs: npt.NDArray[np.int64] = library.hadamard(self.block)
+        hadamard = (signs / np.sqrt(self.block)).astype(np.float32)
         rotated: dict[tuple[ir.Value, str], ir.Value] = {}
         weights: dict[tuple[ir.Value, int], ir.Value] = {}
         skipped = done = 0
@@ -106,8 +109,12 @@ def _rotate_last(model: ir.Model, layer: Layer, hadamard: Floats, rank: int) -> 
     assert width is not None
     count = width[layer.reduce_axis] // block
     lead = list(x.shape or ())[:-1]
-    split = graph.add_constant(model, f"{x.name}/split", np.array([0] * (rank - 1) + [count, block]))
-    whole = graph.add_constant(model, f"{x.name}/whole", np.array([0] * (rank - 1) + [count * block]))
+    split = graph.add_constant(
+        model, f"{x.name}/split", np.array([0] * (rank - 1) + [count, block])
+    )
+    whole = graph.add_constant(
+        model, f"{x.name}/whole", np.array([0] * (rank - 1) + [count * block])
+    )
     matrix = graph.add_constant(model, f"{x.name}/hadamard", hadamard.astype(_dtype(x)))
     like = ir.Value(type=x.type, shape=ir.Shape([*lead, count, block]))
     blocks = graph.insert(

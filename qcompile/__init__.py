@@ -1,8 +1,8 @@
 """qcompile: a graph-level compiler for post-training quantization.
 
-    import qcompile
-    [result] = qcompile.compile("model.onnx", "out", calib="calibration.npz")
-    print(result.report.outputs)
+import qcompile
+[result] = qcompile.compile("model.onnx", "out", calib="calibration.npz")
+print(result.report.outputs)
 """
 
 from __future__ import annotations

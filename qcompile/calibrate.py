@@ -172,7 +172,7 @@ def _checked(samples: object, inputs: Sequence[Input], source: str) -> list[Samp
     if isinstance(samples, Mapping) or not isinstance(samples, Iterable):
         raise CalibrationError(
             f"calibration source {source!r} must yield dicts of arrays, one a run; "
-            f"it is {type(samples).__name__}"
+            f"it is {type(cast(object, samples)).__name__}"
         )
     kept: list[Sample] = []
     for number, sample in enumerate(cast("Iterable[object]", samples)):
@@ -326,7 +326,7 @@ class Calibration:
         for number, sample in enumerate(self._swept("ranges")):
             answers = np.array(list(session.run(sample).values()), np.float64).reshape(-1, 3)
             found, nans = answers[:, :2], answers[:, 2] > 0
-            for index in np.flatnonzero(nans | ~np.isfinite(found).all(axis=1)):
+            for index in map(int, np.flatnonzero(nans | ~np.isfinite(found).all(axis=1))):
                 if not (np.isposinf(found[index, 0]) and np.isneginf(found[index, 1])):
                     raise CalibrationError(
                         f"value {values[index]!r} has NaN or infinity for sample {number}"
@@ -335,10 +335,10 @@ class Calibration:
         low, high = np.where(low > high, 0.0, low), np.where(low > high, 0.0, high)
         return {v: MinMax(float(low[i]), float(high[i])) for i, v in enumerate(values)}
 
-    def _histograms(
-        self, model: ir.Model, extremes: Mapping[str, MinMax]
-    ) -> dict[str, Histogram]:
-        edges = {v: np.linspace(e.low, max(e.high, e.low + 1e-30), BINS + 1) for v, e in extremes.items()}
+    def _histograms(self, model: ir.Model, extremes: Mapping[str, MinMax]) -> dict[str, Histogram]:
+        edges = {
+            v: np.linspace(e.low, max(e.high, e.low + 1e-30), BINS + 1) for v, e in extremes.items()
+        }
         counts = {v: np.zeros(BINS, np.int64) for v in extremes}
         session = execute.Session(execute.fetch(model, list(extremes)))
         for sample in self._swept("histograms"):
@@ -404,7 +404,9 @@ def _attribute_key(attr: ir.Attr) -> str:
     if attr.type == ir.AttributeType.TENSOR:
         return graph.tensor_digest(attr.value)
     if attr.type == ir.AttributeType.GRAPH:
-        return ir.to_proto(attr.value).SerializeToString(deterministic=True).hex()
+        library: Any = ir  # partly untyped
+        proto = library.to_proto(attr.value)
+        return str(proto.SerializeToString(deterministic=True).hex())
     return str(attr.value)
 
 
@@ -417,9 +419,10 @@ def quantizable_values(model: ir.Model) -> list[str]:
     wanted: dict[str, None] = {}
 
     def want(value: ir.Value | None) -> None:
-        if value is not None and value.name and graph.is_float(value):
-            if not graph.is_constant(value):
-                wanted[value.name] = None
+        if value is None or not value.name or graph.is_constant(value):
+            return
+        if graph.is_float(value):
+            wanted[value.name] = None
 
     for node in model.graph:
         layer = graph.layer_of(node)
@@ -436,6 +439,23 @@ def quantizable_values(model: ir.Model) -> list[str]:
 
 # Operators that stand between layers and have an integer form in some runtime.
 BETWEEN = frozenset(
-    "Add Mul Concat Relu Clip LeakyRelu Sigmoid MaxPool AveragePool GlobalAveragePool Resize"
-    " Reshape Flatten Transpose Squeeze Unsqueeze Pad".split()
+    [
+        "Add",
+        "Mul",
+        "Concat",
+        "Relu",
+        "Clip",
+        "LeakyRelu",
+        "Sigmoid",
+        "MaxPool",
+        "AveragePool",
+        "GlobalAveragePool",
+        "Resize",
+        "Reshape",
+        "Flatten",
+        "Transpose",
+        "Squeeze",
+        "Unsqueeze",
+        "Pad",
+    ]
 )

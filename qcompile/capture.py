@@ -18,15 +18,15 @@ import pathlib
 import re
 import sys
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Sequence
+from typing import Any, cast
 
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from qcompile import graph
+from qcompile import execute, graph
 from qcompile.errors import CaptureError
 
 # The names that torch's exporter makes up, such as val_12.
@@ -61,9 +61,9 @@ def capture(source: str | os.PathLike[str] | ir.Model | Any) -> ir.Model:
     if isinstance(source, ir.Model):
         return _repair(source.clone())
     if isinstance(source, onnx.ModelProto):
-        return _repair(ir.from_proto(source))
+        return _repair(_from_proto(source))
     if isinstance(source, str | os.PathLike):
-        text = os.fspath(source)
+        text = str(os.fspath(cast("str", source)))
         if ":" in text and not pathlib.Path(text).exists() and not text.endswith(".onnx"):
             return _repair(_from_torch(load_object(text, "model")))
         return _repair(_from_file(pathlib.Path(text)))
@@ -99,12 +99,19 @@ def _from_file(path: pathlib.Path) -> ir.Model:
     if path.is_dir():
         raise CaptureError(f"{str(path)!r} is a folder; name the .onnx file")
     try:
-        model = ir.load(path)
+        model = execute.load(path)
     except Exception as error:  # protobuf, onnx-ir and numpy each raise their own kinds
         raise CaptureError(f"{str(path)!r} is not a readable ONNX model: {error}") from error
     if not model.graph.outputs:
         raise CaptureError(f"{str(path)!r} is not an ONNX model: its graph has no outputs")
     return model
+
+
+def _from_proto(proto: onnx.ModelProto) -> ir.Model:
+    try:
+        return ir.from_proto(proto)
+    except Exception as error:  # see above
+        raise CaptureError(f"the model is broken: {error.__cause__ or error}") from error
 
 
 def _repair(model: ir.Model) -> ir.Model:
@@ -116,15 +123,17 @@ def _repair(model: ir.Model) -> ir.Model:
             f"opset {opset} is not supported; export the model at one of "
             f"{OLDEST_OPSET} to {NEWEST_OPSET}"
         )
-    for node in model.graph.all_nodes():
+    inside = (node for function in model.functions.values() for node in function.all_nodes())
+    for node in (*model.graph.all_nodes(), *inside):
         if node.op_type in _QUANTIZED:
+            name = node.name or next((v.name for v in node.outputs if v.name), "")
             raise CaptureError(
-                f"the model is quantized already: node {node.name!r} is {node.op_type}; "
+                f"the model is quantized already: node {name!r} is {node.op_type}; "
                 "start from the float model"
             )
     try:
         common.InlinePass()(model)
-        common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         common.RemoveInitializersFromInputsPass()(model)
         model.graph.sort()
         _fill_names(model)
@@ -180,13 +189,16 @@ def _from_torch(source: Any) -> ir.Model:
         with _quiet():
             program = source
             if not isinstance(source, torch.export.ExportedProgram):
-                module, example, *shapes = source
-                args = () if isinstance(example, dict) else tuple(example)
-                kwargs = example if isinstance(example, dict) else None
+                module, example, *shapes = cast("Sequence[Any]", source)
+                named = isinstance(example, dict)
                 program = torch.export.export(
-                    module.eval(), args, kwargs, dynamic_shapes=shapes[0] if shapes else None
+                    module.eval(),
+                    cast("Any", () if named else tuple(example)),
+                    cast("Any", example) if named else None,
+                    dynamic_shapes=shapes[0] if shapes else None,
                 )
-            exported = torch.onnx.export(
+            exporter: Any = torch.onnx  # partly untyped
+            exported = exporter.export(
                 program, dynamo=True, optimize=False, opset_version=TORCH_OPSET, verbose=False
             )
             assert exported is not None
@@ -200,9 +212,10 @@ def _from_torch(source: Any) -> ir.Model:
         ) from error
     except Exception as error:  # torch raises dozens of types for what it cannot export
         raise CaptureError(f"torch.export failed: {_first_line(error)}") from error
-    optimizer.fold_constants(model)
+    library: Any = optimizer  # partly untyped
+    library.fold_constants(model)
     common.IdentityEliminationPass()(model)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveUnusedNodesPass()(model)
     _module_names(model)
     for node in model.graph.all_nodes():  # stack traces hold paths of the machine
@@ -236,7 +249,11 @@ def _module_names(model: ir.Model) -> None:
                 value.name = free(f"{name}.{position}") if position else name
         for position, value in enumerate(node.inputs):
             # Constants that the exporter computed carry a number that shifts with every change.
-            if value is not None and value.is_initializer() and _COUNTED.fullmatch(value.name or ""):
+            if (
+                value is not None
+                and value.is_initializer()
+                and _COUNTED.fullmatch(value.name or "")
+            ):
                 value.name = free(f"{name}.{position}")
 
 
@@ -245,7 +262,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Keep torch's own progress and warnings off the terminal while it exports."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

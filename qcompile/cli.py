@@ -1,7 +1,7 @@
 """The command line: ``qcompile MODEL ...`` compiles; the named commands do the rest.
 
-Exit codes: 0 done; 1 the user's error, in the user's words; 2 command-line usage; 3 a requirement is
-not met; 70 a bug of ours; 130 Ctrl-C.
+Exit codes: 0 done; 1 the user's error, in the user's words; 2 command-line usage; 3 a requirement
+is not met; 70 a bug of ours; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def fetch_command(*names: str, allow_mismatch: bool = False) -> None:
     from qcompile.models import fetch
 
     try:
-        fetch.fetch(list(names) or None, fetch.folder(), allow_mismatch, _log)
+        fetch.fetch(names, fetch.folder(), allow_mismatch, _log)
     except fetch.FetchError as error:
         raise QCompileError(str(error)) from error
 

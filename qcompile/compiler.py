@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -32,7 +32,7 @@ from qcompile import (
 )
 from qcompile.backends.base import Target
 from qcompile.calibrate import Calibration, Data
-from qcompile.errors import CalibrationError, PassError, QCompileError, TargetError
+from qcompile.errors import CalibrationError, PassError, QCompileError
 from qcompile.pipeline import Context, Pass, Step, Watch
 from qcompile.report import Report
 
@@ -50,8 +50,8 @@ class Options:
     * ``calib``: a source (see calibrate.load) or an iterable of samples.
     * ``allow_float``: accept a result in which nothing is quantized.
     * ``print_after``: pass names (or ``all``) after which the graph is printed;
-      ``print_changes``: print the changed lines of every pass; ``snapshots``: a folder for the graph
-      after each pass.
+      ``print_changes``: print the changed lines of every pass; ``snapshots``: a folder for the
+      graph after each pass.
     * ``latency``: measure latency against float, interleaved (``ort-cpu`` only).
     """
 
@@ -80,7 +80,7 @@ class Compiled:
     folder: pathlib.Path
 
 
-def compile(  # noqa: A001 - the verb of this package
+def compile(
     source: str | os.PathLike[str] | Any, out: str | os.PathLike[str], **options: Any
 ) -> list[Compiled]:
     """Compile a model for one or several targets.
@@ -200,7 +200,7 @@ class Compiler:
             if self.options.latency and runs_here:
                 floats = [execute.Session(reference, threads=1) for _ in range(2)]
                 compiled = execute.Session(main, threads=1)
-                latency = bench.interleaved(*floats, compiled, judge.samples)
+                latency = bench.interleaved(floats[0], floats[1], compiled, judge.samples)
         warnings = _warnings(calibration, outputs, apart, size, latency)
         return Report(
             model=name,
@@ -234,8 +234,9 @@ class Compiler:
         if options.calib is None:
             if any(p.reads_data for p in self.passes):
                 raise CalibrationError(
-                    "no calibration data: give --calib with an .npz file or package.module:iterable "
-                    "(nothing is calibrated on noise unless you say --calib random)"
+                    "no calibration data: give --calib with an .npz file or "
+                    "package.module:iterable (nothing is calibrated on noise unless you say "
+                    "--calib random)"
                 )
             return None
         data: Data = calibrate.load(options.calib, calibrate.inputs_of(model), options.seed)
@@ -278,8 +279,10 @@ class Compiler:
         if quantized or self.options.allow_float:
             return
         left = any(spec.all_specs(n) for n in model.graph)
-        cause = "the decisions were never lowered: end with insert-qdq" if left else (
-            "no layer was found that the passes and the target can quantize"
+        cause = (
+            "the decisions were never lowered: end with insert-qdq"
+            if left
+            else ("no layer was found that the passes and the target can quantize")
         )
         raise PassError(
             f"nothing is quantized by {self.text!r}: {cause} (--allow-float writes it all the same)"
@@ -289,7 +292,7 @@ class Compiler:
 def load(path: str | os.PathLike[str]) -> ir.Model:
     """Read an ONNX file as it is, without the repairs of capture."""
     try:
-        return ir.load(path)
+        return execute.load(path)
     except Exception as error:  # protobuf, onnx-ir and the file system raise their own kinds
         raise QCompileError(f"{os.fspath(path)!r} is not a readable ONNX model: {error}") from error
 
@@ -325,7 +328,7 @@ def stamp(
 
 
 def check_writable(out: pathlib.Path) -> None:
-    """Raise QCompileError if ``out`` cannot become our folder: foreign files, or no folder above."""
+    """Raise QCompileError if ``out`` cannot become our folder."""
     if out.is_file():
         raise QCompileError(f"{str(out)!r} is a file; name a folder to write")
     if out.is_dir() and any(out.iterdir()) and not list(out.rglob("report.json")):
@@ -340,7 +343,7 @@ def check_writable(out: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def appearing(out: pathlib.Path) -> Iterator[pathlib.Path]:
+def appearing(out: pathlib.Path) -> Generator[pathlib.Path]:
     """A folder beside ``out`` that becomes ``out`` when the block ends well, and else goes."""
     parent = out.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)

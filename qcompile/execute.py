@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
+import onnxruntime
 
 from qcompile.errors import TargetError
 
+runtime: Any = onnxruntime  # untyped
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
@@ -43,19 +44,21 @@ class Session:
         threads: int | None = None,
         save_optimized: str | os.PathLike[str] | None = None,
     ) -> None:
-        options: Any = ort.SessionOptions()
+        options: Any = runtime.SessionOptions()
         options.log_severity_level = 4
         if threads is not None:
             options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         if not optimize:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if save_optimized is not None:
             options.optimized_model_filepath = os.fspath(save_optimized)
         self._stack = contextlib.ExitStack()
         try:
             source = self._source(model)
-            session: Any = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            session: Any = runtime.InferenceSession(
+                source, options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # the binding raises a dozen types that share no base
             self._stack.close()
             raise TargetError(f"ONNX Runtime refuses the model: {str(error).strip()}") from error
@@ -95,12 +98,19 @@ def weight_bytes(model: ir.Model) -> int:
     )
 
 
-def save(model: ir.Model, path: pathlib.Path) -> None:
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Read a graph; external weights stay in their file until they are needed."""
+    library: Any = ir  # partly untyped
+    return library.load(path)
+
+
+def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """Write ``model`` to ``path``; large models keep their weights in ``<path>.data`` beside it."""
+    library: Any = ir  # partly untyped
     if weight_bytes(model) < _IN_MEMORY_BYTES:
-        ir.save(model, path)
+        library.save(model, path)
     else:
-        ir.save(model, path, external_data=f"{path.name}.data")
+        library.save(model, path, external_data=f"{pathlib.Path(path).name}.data")
 
 
 def fetch(model: ir.Model, values: Sequence[str]) -> ir.Model:
@@ -113,8 +123,10 @@ def fetch(model: ir.Model, values: Sequence[str]) -> ir.Model:
     return clone
 
 
-def execute(model: ir.Model, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, Array]:
-    """Run ``model`` once without optimizations; ``outputs`` may name any value of its main graph."""
+def execute(
+    model: ir.Model, feeds: Feeds, outputs: Sequence[str] | None = None
+) -> dict[str, Array]:
+    """Run ``model`` once without optimizations; ``outputs`` may name any value of its graph."""
     wanted = model if outputs is None else fetch(model, outputs)
     return Session(wanted, optimize=False).run(feeds)
 

@@ -146,7 +146,7 @@ def layers(model: ir.Model) -> Iterator[Layer]:
 
 
 def layer_of(node: ir.Node) -> Layer | None:
-    """The layer that ``node`` is, or None. A node with a ``role`` (an inserted rotation) is none."""
+    """The layer that ``node`` is, or None. A node with a role (an inserted rotation) is none."""
     if node.domain not in ("", "ai.onnx") or ROLE in node.metadata_props or len(node.inputs) < 2:
         return None
     first, second = node.inputs[0], node.inputs[1]
@@ -175,10 +175,10 @@ def layer_of(node: ir.Node) -> Layer | None:
 
 def _added_bias(matmul: ir.Node) -> Use | None:
     """The constant operand of an Add that is the only reader of ``matmul``, if it is a bias."""
-    readers = matmul.outputs[0].uses()
-    if len(readers) != 1 or matmul.outputs[0].is_graph_output():
+    read = readers(matmul.outputs[0])
+    if len(read) != 1 or matmul.outputs[0].is_graph_output():
         return None
-    add, index = readers[0]
+    add, index = read[0].node, read[0].index
     other = add.inputs[1 - index] if add.op_type == "Add" and len(add.inputs) == 2 else None
     if other is None or not is_constant(other) or add.graph is not matmul.graph:
         return None
@@ -186,6 +186,11 @@ def _added_bias(matmul: ir.Node) -> Use | None:
     if shape is None or not shape or any(d != 1 for d in shape[:-1]):
         return None
     return Use(add, 1 - index)
+
+
+def readers(value: ir.Value) -> list[Use]:
+    """Who reads ``value``, bodies of control flow included."""
+    return [Use(node, index) for node, index in value.uses()]
 
 
 def select(model: ir.Model, globs: Sequence[str], option: str) -> list[Layer]:
@@ -308,10 +313,11 @@ def unique(model: ir.Model, name: str) -> str:
 def _value_names(model: ir.Model) -> set[str]:
     # Kept on the model, because collecting the names anew for every edit is quadratic. Names that
     # are gone stay reserved, which is what a reader of the graph's history would want anyway.
-    names = model.meta.get("qcompile.names")
+    meta: Any = model.meta
+    names: set[str] | None = meta.get("qcompile.names")
     if names is None:
         names = {v.name for v in _values(model) if v.name}
-        model.meta["qcompile.names"] = names
+        meta["qcompile.names"] = names
     return names
 
 
@@ -328,10 +334,11 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 def unique_node(model: ir.Model, name: str) -> str:
     """``name``, or ``name.1``, ... : the first that no node of the graph has."""
-    taken = model.meta.get("qcompile.nodes")
+    meta: Any = model.meta
+    taken: set[str] | None = meta.get("qcompile.nodes")
     if taken is None:
-        taken = {n.name for n in model.graph.all_nodes()}
-        model.meta["qcompile.nodes"] = taken
+        taken = {n.name or "" for n in model.graph.all_nodes()}
+        meta["qcompile.nodes"] = taken
     return _free(name, taken)
 
 
@@ -349,7 +356,7 @@ def add_constant(model: ir.Model, name: str, array: Array | ir.TensorProtocol) -
     tensor = ir.Tensor(array) if isinstance(array, np.ndarray) else array
     value = ir.Value(
         name=unique(model, name),
-        shape=ir.Shape(tuple(tensor.shape)),
+        shape=ir.Shape([int(d) for d in tensor.shape.numpy()]),
         type=ir.TensorType(tensor.dtype),
         const_value=tensor,
     )
@@ -432,7 +439,9 @@ def remove_dead(model: ir.Model) -> int:
     for node in reversed(list(model.graph)):
         if not any(v.uses() or v.is_graph_output() for v in node.outputs):
             model.graph.remove(node, safe=True)
-    named = {name for node in model.graph for s in spec.all_specs(node).values() for name in s.arrays()}
+    named = {
+        name for node in model.graph for s in spec.all_specs(node).values() for name in s.arrays()
+    }
     named |= {n for v in _values(model) if (n := range_name(v)) is not None}
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output() and name not in named:

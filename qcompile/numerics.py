@@ -15,9 +15,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -195,9 +194,9 @@ def search_range(
         error = np.abs(Grid(form, scale, zero, axis=0).round_trip(rows) - rows)
         loss = np.mean(error.astype(np.float64) ** exponent, axis=1)
         better = loss < best
-        best = np.where(better, loss, best)
-        best_low = np.where(better, low * shrink, best_low).astype(np.float32)
-        best_high = np.where(better, high * shrink, best_high).astype(np.float32)
+        best[better] = loss[better]
+        best_low[better] = low[better] * np.float32(shrink)
+        best_high[better] = high[better] * np.float32(shrink)
     return best_low, best_high
 
 
@@ -262,14 +261,12 @@ def histogram_range(
     return best_low, best_high
 
 
-def pack(codes: Codes, form: IntFormat, name: str) -> ir.Tensor:
+def pack(codes: Codes, form: IntFormat, name: str) -> ir.TensorProtocol:
     """``codes`` as an ONNX tensor of the stored type, two codes a byte up to 4 bits."""
-    dtype = {4: {True: ml_dtypes.int4, False: ml_dtypes.uint4}, 8: {True: np.int8, False: np.uint8}}
-    stored = form.stored
-    return ir.Tensor(codes.astype(dtype[stored.bits][form.signed]), dtype=form.dtype, name=name)
+    array: Any = codes.astype(form.dtype.numpy())
+    return ir.Tensor(array, dtype=form.dtype, name=name)
 
 
 def unpack(tensor: ir.TensorProtocol) -> Codes:
     """The codes of a packed tensor as int32."""
     return tensor.numpy().astype(np.int32)
-

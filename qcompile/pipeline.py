@@ -1,8 +1,8 @@
 """Passes in order: the contract, the text, the checks before anything runs, and the run.
 
-A pass changes a model in place. What a pass relies on is said in words (``ranges``, ``specs``, ...):
-``requires`` must hold before it, ``produces`` holds after it, ``invalidates`` no longer holds.
-The whole list is checked by simulating the words before anything runs.
+A pass changes a model in place. What a pass relies on is said in words (``ranges``, ``specs``,
+...): ``requires`` must hold before it, ``produces`` holds after it, ``invalidates`` no longer
+holds. The whole list is checked by simulating the words before anything runs.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ B = TypeVar("B")
 
 @dataclasses.dataclass(frozen=True)
 class Pass(abc.ABC):
-    """A rewrite of a model, in place. A subclass is a frozen dataclass whose fields are the options.
+    """A rewrite of a model, in place; a frozen dataclass whose fields are the options.
 
     * ``requires``, ``produces``, ``invalidates``: words, see the module.
     * ``keeps_float``: the float function is kept (``--check-numerics`` tests it).
-    * ``per_target``: the result depends on the target; the pipeline forks before the first such pass.
+    * ``per_target``: the result depends on the target; the pipeline forks before the first such
+      pass.
     * ``reads_data``: calibration data is needed.
     * ``needs``: extras, such as ``torch``.
     """
@@ -107,8 +108,9 @@ class Context:
 
         ``function`` is pure: arrays and names in, arrays out, no IR objects, no sessions.
         """
-        lazy = joblib.Parallel(n_jobs=self.jobs, return_as="generator")(
-            joblib.delayed(function)(item) for item in items
+        library: Any = joblib  # untyped
+        lazy: Iterable[B] = library.Parallel(n_jobs=self.jobs, return_as="generator")(
+            library.delayed(function)(item) for item in items
         )
         return list(self.progress(lazy, label, len(items)))
 

@@ -1,7 +1,7 @@
 """The passes and targets that exist, by name: built in, and from plugins by entry point.
 
-A built-in pass is the one Pass class of a module in ``passes/``; a built-in target is a Target class
-of a module in ``backends/``. Plugins use the entry-point groups ``qcompile.passes`` and
+A built-in pass is the one Pass class of a module in ``passes/``; a built-in target is a Target
+class of a module in ``backends/``. Plugins use the entry-point groups ``qcompile.passes`` and
 ``qcompile.targets``; a name that clashes is an error.
 """
 
@@ -41,9 +41,9 @@ def _collect(package: ModuleType, base: type[T], group: str) -> dict[str, type[T
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
         for _, kind in inspect.getmembers(module, inspect.isclass):
-            if kind.__module__ == module.__name__ and issubclass(kind, base):
-                if not inspect.isabstract(kind):
-                    found[kind.name] = kind  # type: ignore[attr-defined]
+            ours = kind.__module__ == module.__name__ and issubclass(kind, base)
+            if ours and not inspect.isabstract(kind):
+                found[kind.name] = kind  # type: ignore[attr-defined]
     for point in importlib.metadata.entry_points(group=group):
         if point.name in found:
             raise QCompileError(

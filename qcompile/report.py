@@ -211,7 +211,9 @@ def _bits(part: Layer, width: float) -> tuple[float, float]:
         return width, width * count
     nominal = float(numerics.parse_format(decided.format).bits)
     groups = _groups(shape, decided.axis, decided.block)
-    return nominal, nominal * count + 32.0 * groups + (nominal * groups if decided.zero_point else 0)
+    return nominal, nominal * count + 32.0 * groups + (
+        nominal * groups if decided.zero_point else 0
+    )
 
 
 def _groups(shape: Sequence[int], axis: int | None, block: int | None) -> int:
@@ -287,7 +289,9 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
         summary.add_row(f"share of {what}", text)
     for output in report.outputs:
         judged = report.data.judged if report.data else 0
-        where = "judge samples" if report.data and report.data.judged_apart else "calibration samples"
+        where = (
+            "judge samples" if report.data and report.data.judged_apart else "calibration samples"
+        )
         text = f"SQNR {output.sqnr:.1f} dB, cosine {output.cosine:.5f} ({judged} {where})"
         summary.add_row(f"output {output.name}", text)
     size = report.size

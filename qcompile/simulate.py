@@ -2,8 +2,8 @@
 
 Simulation is the lowered graph run with the runtime's optimizations off: the same codes and scales
 as the file, every operator in float between its Q/DQ pairs. For ``ort-cpu`` the tests compare it
-with what the optimized runtime computes; for TensorRT it is equal by definition until an engine runs
-on a device.
+with what the optimized runtime computes; for TensorRT it is equal by definition until an engine
+runs on a device.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The one text syntax, for passes and targets alike: ``name{option=value option=a,b},name``.
 
 Options are split by spaces, items of a list by commas. An option is a field of the frozen dataclass
-that the name stands for, and its type says what a value may be. ``parse`` and ``render`` round-trip;
-options at their default are not printed. Errors point at the column.
+that the name stands for, and its type says what a value may be. ``parse`` and ``render``
+round-trip; options at their default are not printed. Errors point at the column.
 """
 
 from __future__ import annotations

@@ -65,8 +65,7 @@ def _node(node: ir.Node, weights: bool) -> str:
     attributes = ", ".join(
         f"{name}={_attribute(node.attributes[name], weights)}"
         for name in sorted(node.attributes)
-        if node.attributes[name].type
-        not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+        if node.attributes[name].type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
     )
     tail = f" {{{attributes}}}" if attributes else ""
     written = ", ".join(_typed(v) for v in node.outputs)

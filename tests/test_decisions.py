@@ -39,9 +39,9 @@ def weights_of(model: ir.Model) -> list[str]:
     """What feeds each DequantizeLinear of a weight."""
     found: list[str] = []
     for node in model.graph:
-        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
-            if node.inputs[0].is_initializer():
-                found.append(node.inputs[0].name or "")
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if codes is not None and codes.is_initializer():
+            found.append(codes.name or "")
     return found
 
 
@@ -170,8 +170,8 @@ def test_an_impossible_order_names_the_pair_and_one_that_works() -> None:
 
 def test_decisions_survive_clone_save_and_load(tmp_path: pathlib.Path) -> None:
     model, _ = decided(SHARED)
-    ir.save(model, tmp_path / "m.onnx")
-    loaded = ir.load(tmp_path / "m.onnx")
+    execute.save(model, tmp_path / "m.onnx")
+    loaded = execute.load(tmp_path / "m.onnx")
     for other in (model.clone(), loaded):
         assert [la.weight.spec for la in graph.layers(other)] == [
             la.weight.spec for la in graph.layers(model)

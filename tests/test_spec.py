@@ -114,10 +114,9 @@ def test_arrays_are_the_names_that_a_decision_needs() -> None:
 @pytest.mark.parametrize(
     ("decided", "short"),
     [
-        (TensorSpec("int8"), "int8"),
-        (TensorSpec("int8", axis=0, scale="s"), "int8 axis=0"),
-        (TensorSpec("uint4", axis=1, block=32, symmetric=False), "uint4 axis=1 block=32 asymmetric"),
-        (TensorSpec("int8", scale_from="token", codes="c"), "int8 token fitted"),
+        (TensorSpec("int8"), "int8"), (TensorSpec("int8", axis=0, scale="s"), "int8 axis=0"),
+        (TensorSpec("uint4", axis=1, block=32, symmetric=False), "uint4 axis=1 block=32
+        asymmetric"), (TensorSpec("int8", scale_from="token", codes="c"), "int8 token fitted"),
     ],
 )
 def test_the_short_form_says_what_is_not_plain(decided: TensorSpec, short: str) -> None:

@@ -33,8 +33,8 @@ def test_the_form_is_one_line_a_node() -> None:
         "graph (%x: f32[batch,1,5,5]) -> (%y: f32[batch,4])",
         "w %s: i64[2]",
         "w %w: f32[4,25]",
-        "%f: f32[batch,25] = Reshape(%x, %s)",
-        "%p: f32[batch,25] = LeakyRelu(%f) {alpha=0.25}",
+        "%f: f32[unk__0,25] = Reshape(%x, %s)",
+        "%p: f32[unk__0,25] = LeakyRelu(%f) {alpha=0.25}",
         "%y: f32[batch,4] = Gemm(%p, %w{int8 axis=0}) {transB=1}",
     ]
 

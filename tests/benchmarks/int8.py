@@ -3,11 +3,11 @@
     python tests/benchmarks/int8.py [--quick] [--seeds N] [--json FILE]
 
 Every row is the default recipe unless it says otherwise. The judge data calibrated nothing. SQNR is
-over all judge samples together, with the 95 % interval of a bootstrap over samples; ``bound`` is the
-SQNR with weights alone at 8 bits and every activation in float. Shares are of the MACs, by the proof.
-Latency is the median ratio to float, one thread, interleaved, with the float-to-float null beside it.
-``--quick`` takes the shipped models only. The recipe draws nothing at random, so seeds change the
-bootstrap alone.
+over all judge samples together, with the 95 % interval of a bootstrap over samples; ``bound`` is
+the SQNR with weights alone at 8 bits and every activation in float. Shares are of the MACs, by the
+proof. Latency is the median ratio to float, one thread, interleaved, with the float-to-float null
+beside it. ``--quick`` takes the shipped models only. The recipe draws nothing at random, so seeds
+change the bootstrap alone.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qcompile
-from qcompile import capture, execute, pipeline, registry, report, simulate
-from qcompile.backends.onnxruntime import OrtCpu
+from qcompile import capture, compiler, execute, pipeline, registry, report, simulate
 from qcompile.calibrate import Calibration, Sample, inputs_of, load
 from qcompile.models import fashion
 
@@ -38,7 +37,7 @@ FACTORIES = "qcompile.models.public"
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One model with its data. ``labels`` are of the judge samples, where accuracy means something."""
+    """One model with its data; ``labels`` of the judge samples where accuracy means something."""
 
     name: str
     model: str
@@ -126,14 +125,18 @@ def powers(
     reference: execute.Session, compiled: execute.Session, samples: Iterable[Sample]
 ) -> tuple[Array, Array, Array, Array]:
     """Signal and noise power of the first output for each sample, and both arg max."""
-    rows: list[tuple[float, float, int, int]] = []
+    signal: list[float] = []
+    noise: list[float] = []
+    one: list[int] = []
+    other: list[int] = []
     for sample in samples:
         [wanted, *_] = reference.run(sample).values()
         [actual, *_] = compiled.run(sample).values()
-        noise = float(np.sum((actual.astype(np.float64) - wanted) ** 2))
-        rows.append((float(np.sum(wanted.astype(np.float64) ** 2)), noise, wanted.argmax(), actual.argmax()))
-    signal, noise, one, other = map(np.array, zip(*rows, strict=True))
-    return signal, noise, one, other
+        signal.append(float(np.sum(wanted.astype(np.float64) ** 2)))
+        noise.append(float(np.sum((actual.astype(np.float64) - wanted) ** 2)))
+        one.append(int(wanted.argmax()))
+        other.append(int(actual.argmax()))
+    return np.array(signal), np.array(noise), np.array(one), np.array(other)
 
 
 def bootstrap(signal: Array, noise: Array, seed: int = 0) -> tuple[float, float]:
@@ -145,12 +148,14 @@ def bootstrap(signal: Array, noise: Array, seed: int = 0) -> tuple[float, float]
     return float(low), float(high)
 
 
-def weights_alone(work: Work, samples: list[Sample]) -> float:
-    """SQNR with only the weights at 8 bits."""
+def weights_alone(work: Work, target: str, samples: list[Sample]) -> float:
+    """SQNR with only the weights at 8 bits, for the layers that ``target`` quantizes."""
     model = capture.capture(work.model)
     reference = model.clone()
     data = load(work.calibration, inputs_of(model))
-    context = pipeline.Context(calibration=Calibration(data), target=OrtCpu(), reference=reference)
+    context = pipeline.Context(
+        calibration=Calibration(data), target=compiler.parse_target(target), reference=reference
+    )
     text = "simplify,fold-bn,calibrate,quantize{input=float},insert-qdq"
     pipeline.run(model, pipeline.parse(text, registry.passes()), context)
     return simulate.Judge(reference, samples).worst(execute.Session(model, optimize=False))
@@ -160,7 +165,6 @@ def measure(work: Work, seed: int) -> tuple[list[Row], list[report.Report]]:
     """Compile ``work`` for its targets in one run and judge each."""
     judges = list(work.judge())
     reference = execute.Session(capture.capture(work.model))
-    bound = weights_alone(work, judges[:64])
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         results = qcompile.compile(
@@ -182,9 +186,11 @@ def measure(work: Work, seed: int) -> tuple[list[Row], list[report.Report]]:
                     passes=work.passes,
                     sqnr=float(10 * np.log10(signal.sum() / noise.sum())),
                     interval=bootstrap(signal, noise, seed),
-                    bound=bound,
-                    accuracy=None if labels is None else float(np.mean(other == labels)),
-                    float_accuracy=None if labels is None else float(np.mean(one == labels)),
+                    bound=weights_alone(work, here.target, judges[:64]),
+                    accuracy=None if labels is None else float(np.mean(np.equal(other, labels))),
+                    float_accuracy=None
+                    if labels is None
+                    else float(np.mean(np.equal(one, labels))),
                     share_int8=here.share_of_macs("int8"),
                     linear_int8=f"{sum(r.runs == 'int8' for r in weighted)}/{len(weighted)}",
                     float_mb=here.size.float_bytes / 1e6,
@@ -230,8 +236,12 @@ def claims(rows: list[Row], seeds: int) -> list[Claim]:
 def table(rows: list[Row]) -> Table:
     """The rows for people."""
     shown = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("model", "target", "SQNR dB", "bound", "top-1 (float)", "MACs int8", "layers", "MB", "latency", "null"):  # fmt: skip
-        shown.add_column(column, justify="left" if column in ("model", "target") else "right")
+    for column in ("model", "target"):
+        shown.add_column(column)
+    for column in ("SQNR dB", "bound", "top-1 (float)", "MACs int8", "layers", "MB"):
+        shown.add_column(column, justify="right")
+    for column in ("latency", "null"):
+        shown.add_column(column, justify="right")
     for row in rows:
         accuracy = "" if row.accuracy is None else f"{row.accuracy:.2%} ({row.float_accuracy:.2%})"
         latency = "" if row.latency is None else f"{row.latency:.2f}"
@@ -239,14 +249,17 @@ def table(rows: list[Row]) -> Table:
         interval = f"[{row.interval[0]:.1f}, {row.interval[1]:.1f}]"
         shown.add_row(
             row.work, row.target, f"{row.sqnr:.1f} {interval}", f"{row.bound:.1f}", accuracy,
-            f"{row.share_int8:.1%}", row.linear_int8, f"{row.float_mb:.2f} -> {row.mb:.2f}", latency, null,
+            f"{row.share_int8:.1%}", row.linear_int8, f"{row.float_mb:.2f} -> {row.mb:.2f}",
+            latency, null,
         )  # fmt: skip
     return shown
 
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="the shipped models only")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the bootstrap")
     parser.add_argument("--json", type=pathlib.Path, help="write rows and claims to this file")
@@ -260,7 +273,9 @@ def main() -> None:
     said = claims(rows, arguments.seeds)
     for claim in said:
         mark = "holds" if claim.holds else "FAILS"
-        console.print(f"{mark}: {claim.claim}: {claim.value:.3g} against {claim.control:.3g}", highlight=False)
+        console.print(
+            f"{mark}: {claim.claim}: {claim.value:.3g} against {claim.control:.3g}", highlight=False
+        )
     if arguments.json:
         content = {
             "rows": [dataclasses.asdict(row) for row in rows],

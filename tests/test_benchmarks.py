@@ -1,0 +1,20 @@
+"""The quick form of each benchmark runs, and its claims hold."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent
+
+
+def test_int8_quick_claims_hold(tmp_path: pathlib.Path) -> None:
+    script, result = ROOT / "benchmarks" / "int8.py", tmp_path / "int8.json"
+    command = [sys.executable, str(script), "--quick", "--json", str(result)]
+    subprocess.run(command, check=True, capture_output=True)
+    content = json.loads(result.read_text())
+    assert {row["work"] for row in content["rows"]} == {"CNN", "ViT"}
+    assert content["claims"]
+    assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []

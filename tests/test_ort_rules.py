@@ -1,0 +1,543 @@
+"""Every rule of the dialect of ONNX Runtime: what it changes, and when it leaves a graph alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import lowering
+import numpy as np
+import onnx_ir as ir
+import pytest
+from lowering import Array
+
+from qcompile import graph, spec, text
+from qcompile.backends import ort_rules
+from qcompile.backends.base import Lowering
+from qcompile.backends.onnxruntime import OrtCpu
+
+CONV = """(float[N,4,8,8] x) => (float[N,8,6,6] y) <float[8,4,3,3] w, float[8] b> {
+    c = Conv(x, w, b)
+    y = Relu(c)
+}"""
+STEM = "(float[N,3,8,8] x) => (float[N,8,6,6] y) <float[8,3,3,3] w> { y = Conv(x, w) }"
+GEMM = """(float[N,8] x) => (float[N,4] y) <float[4,8] w, float[4] b> {
+    y = Gemm<transB=1>(x, w, b)
+}"""
+RESIDUAL = """(float[N,8,8,8] x) => (float[N,8,8,8] y) <float[8,8,1,1] w, float[8,8,1,1] v> {
+    c = Conv(x, w)
+    d = Conv(c, v)
+    s = Add(d, c)
+    y = Relu(s)
+}"""
+
+
+def act(
+    source: str,
+    rule: str,
+    passes: str = lowering.DECIDE,
+    arrays: Mapping[str, Array] | None = None,
+    samples: list[dict[str, Array]] | None = None,
+) -> tuple[int, list[str], Lowering]:
+    """How often ``rule`` acts on the decided ``source``, the lines it changes, and the lowering."""
+    model = lowering.graph_of(source, arrays)
+    lowering.decide(model, passes, samples)
+    low = Lowering(model)
+    for step in ort_rules.DIALECT:
+        before = text.render(model, weights=True)
+        count = step.apply(low)
+        if step.name == rule:
+            after = text.render(model, weights=True)
+            changed = text.changes(before, after)
+            return count, [line.partition(" #")[0] for line in changed], low
+    raise KeyError(rule)
+
+
+def nodes(changed: list[str]) -> list[str]:
+    """The changed lines that are nodes."""
+    return [line for line in changed if line[1] == "%"]
+
+
+def test_every_rule_has_a_test_here_and_a_reason() -> None:
+    names = [rule.name for rule in ort_rules.DIALECT]
+    assert names == [
+        "keep-float",
+        "bias-range",
+        "channels-of-four",
+        "weights",
+        "inputs",
+        "conv-output",
+        "between",
+        "int32-bias",
+        "matmul-bias",
+    ]
+    tests = "\n".join(globals())
+    for rule in ort_rules.DIALECT:
+        assert len(rule.why) > 40
+        assert f"test_{rule.name.replace('-', '_')}_" in tests, rule.name
+
+
+# -- keep-float ---------------------------------------------------------------------------------
+
+BLOCKS = "simplify,calibrate,quantize{granularity=block}"
+HALF_INPUT = "simplify,calibrate,quantize,set{layer=y weight=float}"
+
+
+@pytest.mark.parametrize(
+    ("source", "passes", "reason"),
+    [
+        (
+            "(float[N,4,5,5] x) => (float[N,4,6,6] y) <float[4,4,2,2] w> {y = ConvTranspose(x,w)}",
+            lowering.DECIDE,
+            "ConvTranspose",
+        ),
+        (
+            "(float[8,N] x) => (float[N,4] y) <float[8,4] w> { y = Gemm<transA=1>(x, w) }",
+            lowering.DECIDE,
+            "transA",
+        ),
+        (
+            "(float[N,8] x) => (float[N,4] y) <float[8,4] w> { y = Gemm<alpha=0.5>(x, w) }",
+            lowering.DECIDE,
+            "alpha",
+        ),
+        (
+            """(float[N,8] x) => (float[N,4] y) <float[8,4] w, float[4] b> {
+                y = Gemm<beta=2.0>(x, w, b) }""",
+            lowering.DECIDE,
+            "beta",
+        ),
+        (
+            """(float[4,8] x) => (float[4,4] y) <float[8,4] w, float[4,1] b> {
+                y = Gemm(x, w, b) }""",
+            lowering.DECIDE,
+            "bias that differs by row",
+        ),
+        (
+            "(float[8] x) => (float[4] y) <float[8,4] w> { y = MatMul(x, w) }",
+            lowering.DECIDE,
+            "vector",
+        ),
+        (
+            "(float[N,64] x) => (float[N,4] y) <float[64,4] w> { y = MatMul(x, w) }",
+            BLOCKS,
+            "a scale a block",
+        ),
+        (
+            "(float[N,8] x) => (float[N,4] y) <float[8,4] w> { y = MatMul(x, w) }",
+            HALF_INPUT,
+            "needs a quantized weight",
+        ),
+    ],
+)
+def test_keep_float_takes_back_the_decision_and_says_why(
+    source: str, passes: str, reason: str
+) -> None:
+    count, _, low = act(source, "keep-float", passes)
+    [layer] = low.layers
+    assert count == 1
+    assert not spec.all_specs(layer.node)
+    assert reason in layer.node.metadata_props[graph.REASON]
+
+
+def test_keep_float_leaves_half_a_product_of_activations_in_float() -> None:
+    source = "(float[2,8,8] q, float[2,8,8] k) => (float[2,8,8] y) { y = MatMul(q, k) }"
+    model = lowering.graph_of(source)
+    lowering.decide(model, "simplify,calibrate,quantize{attention=int8}")
+    low = Lowering(model)
+    low.layers[0].weight.decide(None)
+    assert ort_rules.keep_float(low) == 1
+    assert not list(low.decided())
+
+
+def test_keep_float_leaves_other_types_in_float() -> None:
+    source = """(float[N,8] x) => (float[N,4] y) <float[8,4] w> {
+        h = Cast<to=10>(x)
+        v = Cast<to=10>(w)
+        m = MatMul(h, v)
+        y = Cast<to=1>(m)
+    }"""
+    count, _, low = act(source, "keep-float")
+    assert count == 1
+    assert "float16" in low.layers[0].node.metadata_props[graph.REASON]
+
+
+@pytest.mark.parametrize("source", [CONV, GEMM, STEM, RESIDUAL])
+def test_keep_float_leaves_what_has_a_kernel(source: str) -> None:
+    count, changed, _ = act(source, "keep-float")
+    assert (count, changed) == (0, [])
+
+
+# -- bias-range ---------------------------------------------------------------------------------
+
+
+def test_bias_range_widens_the_scale_of_the_channel_that_would_overflow() -> None:
+    bias = np.array([0.5, -1e9, 0, 2], np.float32)
+    count, changed, low = act(GEMM, "bias-range", arrays={"b": bias})
+    assert (count, changed) == (1, ["+w %w/scale.1: f32[4]"])
+    [layer] = low.layers
+    before = graph.constant(low.model.graph.initializers["w/scale"])
+    after = graph.constant(low.model.graph.initializers["w/scale.1"])
+    assert layer.weight.spec is not None and layer.weight.spec.scale == "w/scale.1"
+    np.testing.assert_array_equal(after[[0, 2, 3]], before[[0, 2, 3]])
+    assert layer.input is not None
+    found = graph.range_of(low.model, layer.input.value)
+    assert found is not None
+    steps = np.abs(bias) / (float(ort_rules.unsigned(*found).scale) * after)
+    assert steps.max() == pytest.approx(2.0**30, rel=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_bias_range_leaves_a_bias_that_fits(granularity: str) -> None:
+    passes = f"simplify,calibrate,quantize{{granularity={granularity}}}"
+    assert act(GEMM, "bias-range", passes)[:2] == (0, [])
+
+
+def test_bias_range_leaves_fitted_codes() -> None:
+    model = lowering.graph_of(GEMM, {"b": np.full(4, 1e9, np.float32)})
+    lowering.decide(model)
+    low = Lowering(model)
+    use = low.layers[0].weight
+    decided = use.spec
+    assert decided is not None
+    use.decide(
+        spec.TensorSpec(decided.format, decided.axis, scale=decided.scale, codes=decided.scale)
+    )
+    assert ort_rules.bias_range(low) == 0
+
+
+# -- channels-of-four ---------------------------------------------------------------------------
+
+
+def test_channels_of_four_pads_a_stem_with_zeros() -> None:
+    count, changed, low = act(STEM, "channels-of-four")
+    assert count == 1
+    assert nodes(changed) == [
+        "-%y: f32[N,8,6,6] = Conv(%x{int8 asymmetric}, %w{int8 axis=0})",
+        "+%x/padded: f32[N,4,8,8] = Pad(%x, %x/pads)",
+        "+%y: f32[N,8,6,6] = Conv(%x/padded{int8 asymmetric}, %w/padded{int8 axis=0})",
+    ]
+    padded = graph.constant(low.layers[0].weight.value)
+    np.testing.assert_array_equal(padded[:, :3], graph.constant(low.model.graph.initializers["w"]))
+    assert not padded[:, 3:].any()
+
+
+@pytest.mark.parametrize(
+    ("source", "passes"),
+    [
+        (CONV, lowering.DECIDE),
+        (STEM, lowering.WEIGHT_ONLY),
+        (
+            """(float[N,6,8,8] x) => (float[N,8,6,6] y) <float[8,3,3,3] w> {
+                y = Conv<group=2>(x, w) }""",
+            lowering.DECIDE,
+        ),
+    ],
+)
+def test_channels_of_four_leaves_what_fits_groups_and_float_inputs(
+    source: str, passes: str
+) -> None:
+    assert act(source, "channels-of-four", passes)[:2] == (0, [])
+
+
+# -- weights ------------------------------------------------------------------------------------
+
+
+def test_weights_become_signed_codes_behind_a_dequantize() -> None:
+    count, changed, _ = act(CONV, "weights")
+    assert count == 1
+    assert changed == [
+        "+w %w/codes: i8[8,4,3,3]",
+        "+w %w/scale.1: f32[8]",
+        "+w %w/zero_point: i8[8]",
+        "-%c: f32[N,8,6,6] = Conv(%x{int8 asymmetric}, %w{int8 axis=0}, %b)",
+        "+%w/dequantized: f32[8,4,3,3] = DequantizeLinear(%w/codes, %w/scale.1, %w/zero_point)"
+        " {axis=0}",
+        "+%c: f32[N,8,6,6] = Conv(%x{int8 asymmetric}, %w/dequantized{int8 axis=0}, %b)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "entered", "stored"),
+    [
+        ("int8", "int8", ir.DataType.INT8),
+        ("int4", "int8", ir.DataType.INT8),
+        ("int2", "int8", ir.DataType.INT8),
+        ("int8", "float", ir.DataType.INT8),
+        ("int5", "float", ir.DataType.INT8),
+        ("int4", "float", ir.DataType.INT4),
+        ("int3", "float", ir.DataType.INT4),
+    ],
+)
+def test_weights_are_packed_only_beside_a_float_input(
+    form: str, entered: str, stored: ir.DataType
+) -> None:
+    source = "(float[N,8] x) => (float[N,4] y) <float[8,4] w> { y = MatMul(x, w) }"
+    passes = f"simplify,calibrate,quantize{{weight={form} input={entered}}}"
+    _, _, low = act(source, "weights", passes)
+    initializers = low.model.graph.initializers
+    assert initializers["w/codes"].dtype == initializers["w/zero_point"].dtype == stored
+
+
+def test_weights_that_two_layers_share_are_stored_once() -> None:
+    source = """(float[N,8] x) => (float[N,8] y) <float[8,8] w> {
+        h = MatMul(x, w)
+        y = MatMul(h, w)
+    }"""
+    count, changed, _ = act(source, "weights")
+    assert count == 2
+    assert sum("DequantizeLinear" in line for line in changed) == 1
+
+
+def test_weights_leave_products_of_activations() -> None:
+    source = "(float[2,8,8] q, float[2,8,8] k) => (float[2,8,8] y) { y = MatMul(q, k) }"
+    passes = "simplify,calibrate,quantize{attention=int8}"
+    assert act(source, "weights", passes)[:2] == (0, [])
+
+
+# -- inputs -------------------------------------------------------------------------------------
+
+
+def test_inputs_get_an_unsigned_grid() -> None:
+    count, changed, low = act(CONV, "inputs")
+    assert count == 1
+    assert changed == [
+        "+w %x/scale: f32[]",
+        "+w %x/zero_point: u8[]",
+        "+%x/quantized: u8[N,4,8,8] = QuantizeLinear(%x, %x/scale, %x/zero_point)",
+        "+%x/dequantized: f32[N,4,8,8] = DequantizeLinear(%x/quantized, %x/scale, %x/zero_point)",
+        "-%c: f32[N,8,6,6] = Conv(%x{int8 asymmetric}, %w/dequantized{int8 axis=0}, %b)",
+        "+%c: f32[N,8,6,6] = Conv(%x/dequantized{int8 asymmetric}, %w/dequantized{int8 axis=0},"
+        " %b)",
+    ]
+    assert 0 < int(graph.constant(low.model.graph.initializers["x/zero_point"])) < 255
+
+
+def test_inputs_behind_a_relu_have_zero_point_zero() -> None:
+    source = """(float[N,8] x) => (float[N,4] y) <float[8,4] w> {
+        r = Relu(x)
+        y = MatMul(r, w)
+    }"""
+    _, _, low = act(source, "inputs")
+    assert int(graph.constant(low.model.graph.initializers["r/zero_point"])) == 0
+
+
+def test_inputs_that_two_layers_read_are_quantized_once() -> None:
+    source = """(float[N,8] x) => (float[N,4] y, float[N,4] z) <float[8,4] w, float[8,4] v> {
+        y = MatMul(x, w)
+        z = MatMul(x, v)
+    }"""
+    count, changed, _ = act(source, "inputs")
+    assert count == 2
+    assert sum("QuantizeLinear" in line.partition("=")[2][:20] for line in changed) == 1
+
+
+def test_inputs_of_both_sides_of_a_product_are_quantized() -> None:
+    source = "(float[2,8,8] q, float[2,8,8] k) => (float[2,8,8] y) { y = MatMul(q, k) }"
+    count, changed, _ = act(source, "inputs", "simplify,calibrate,quantize{attention=int8}")
+    assert count == 2
+    assert nodes(changed)[-1] == (
+        "+%y: f32[2,8,8] = MatMul(%q/dequantized{int8 asymmetric}, %k/dequantized{int8 asymmetric})"
+    )
+
+
+def test_inputs_leave_float_readers_of_the_same_value() -> None:
+    source = """(float[N,8] x) => (float[N,4] y, float[N,8] z) <float[8,4] w> {
+        h = Tanh(x)
+        y = MatMul(h, w)
+        z = Softplus(h)
+    }"""
+    _, changed, low = act(source, "inputs")
+    assert not any("Softplus" in line for line in changed)
+    assert "Softplus(%h)" in text.render(low.model)
+
+
+def test_inputs_leave_weight_only_layers() -> None:
+    assert act(GEMM, "inputs", lowering.WEIGHT_ONLY)[:2] == (0, [])
+
+
+# -- conv-output --------------------------------------------------------------------------------
+
+
+def test_conv_output_stands_behind_the_relu_and_keeps_the_name_of_the_output() -> None:
+    count, changed, low = act(CONV, "conv-output")
+    assert count == 1
+    assert nodes(changed) == [
+        "-%y: f32[N,8,6,6] = Relu(%c)",
+        "+%y/inner: f32[N,8,6,6] = Relu(%c)",
+        "+%y/quantized: u8[N,8,6,6] = QuantizeLinear(%y/inner, %y/scale, %y/zero_point)",
+        "+%y: f32[N,8,6,6] = DequantizeLinear(%y/quantized, %y/scale, %y/zero_point)",
+    ]
+    assert int(graph.constant(low.model.graph.initializers["y/zero_point"])) == 0
+
+
+def test_conv_output_stands_behind_a_clip_from_zero() -> None:
+    source = CONV.replace("float[8] b>", "float[8] b, float low={0}, float high={6}>")
+    _, changed, _ = act(source.replace("Relu(c)", "Clip(c, low, high)"), "conv-output")
+    assert "+%y/inner: f32[N,8,6,6] = Clip(%c, %low, %high)" in changed
+
+
+@pytest.mark.parametrize(
+    "second",
+    ["Clip(c, low)", "Tanh(c)", "LeakyRelu(c)", "Sigmoid(c)"],
+)
+def test_conv_output_stands_before_what_the_conv_cannot_absorb(second: str) -> None:
+    source = CONV.replace("float[8] b>", "float[8] b, float low={-1}>").replace("Relu(c)", second)
+    _, changed, _ = act(source, "conv-output")
+    assert any(line.startswith("+%c/quantized") for line in changed)
+
+
+def test_conv_output_with_two_readers_is_quantized_before_the_relu() -> None:
+    source = CONV.replace("float[N,8,6,6] y)", "float[N,8,6,6] y, float[N,8,6,6] z)")
+    _, changed, _ = act(source.replace("y = Relu", "z = Tanh(c) y = Relu"), "conv-output")
+    assert nodes(changed)[-2:] == [
+        "+%z: f32[N,8,6,6] = Tanh(%c/dequantized)",
+        "+%y: f32[N,8,6,6] = Relu(%c/dequantized)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "passes"), [(CONV, lowering.WEIGHT_ONLY), (GEMM, lowering.DECIDE)]
+)
+def test_conv_output_leaves_float_convs_and_linear_layers(source: str, passes: str) -> None:
+    assert act(source, "conv-output", passes)[:2] == (0, [])
+
+
+# -- between ------------------------------------------------------------------------------------
+
+
+def test_between_quantizes_the_sum_of_two_integers_behind_its_relu() -> None:
+    count, changed, _ = act(RESIDUAL, "between")
+    assert count == 1
+    assert nodes(changed) == [
+        "-%y: f32[N,8,8,8] = Relu(%s)",
+        "+%y/inner: f32[N,8,8,8] = Relu(%s)",
+        "+%y/quantized: u8[N,8,8,8] = QuantizeLinear(%y/inner, %y/scale, %y/zero_point)",
+        "+%y: f32[N,8,8,8] = DequantizeLinear(%y/quantized, %y/scale, %y/zero_point)",
+    ]
+
+
+def test_between_leaves_a_sum_with_a_float() -> None:
+    source = RESIDUAL.replace("d = Conv(c, v)", "d = Tanh(c)").replace(", float[8,8,1,1] v", "")
+    assert act(source, "between")[:2] == (0, [])
+
+
+def test_between_quantizes_a_concatenation_and_a_pool() -> None:
+    source = """(float[N,8,4,4] x) => (float[N,16,1,1] y) <float[8,8,1,1] w, float[8,8,1,1] v> {
+        c = Conv(x, w)
+        d = Conv(x, v)
+        e = Concat<axis=1>(c, d)
+        y = GlobalAveragePool(e)
+    }"""
+    count, changed, _ = act(source, "between")
+    assert count == 2
+    assert any(line.startswith("+%e/quantized") for line in changed)
+    assert any(line.startswith("+%y/quantized") for line in changed)
+
+
+def test_between_gives_what_only_moves_integers_their_grid() -> None:
+    source = """(float[N,8,8,8] x) => (float[N,8,4,4] y) <float[8,8,1,1] w, float[8,8,1,1] v> {
+        c = Conv(x, w)
+        p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(c)
+        y = Conv(p, v)
+    }"""
+    model = lowering.graph_of(source)
+    lowering.decide(model)
+    counts = lowering.apply(model, ort_rules.DIALECT, "between")
+    assert counts["between"] == 1
+    arrays = {n: graph.constant(v) for n, v in model.graph.initializers.items()}
+    assert arrays["p/scale"] == arrays["c/scale"]
+    assert arrays["p/zero_point"] == arrays["c/zero_point"]
+
+
+# -- int32-bias ---------------------------------------------------------------------------------
+
+
+def test_int32_bias_has_the_scale_of_the_products() -> None:
+    count, changed, low = act(CONV, "int32-bias")
+    assert count == 1
+    assert nodes(changed) == [
+        "+%b/dequantized: f32[8] = DequantizeLinear(%b/codes, %b/scale, %b/zero_point) {axis=0}",
+        "-%c: f32[N,8,6,6] = Conv(%x/dequantized{int8 asymmetric}, %w/dequantized{int8 axis=0},"
+        " %b)",
+        "+%c: f32[N,8,6,6] = Conv(%x/dequantized{int8 asymmetric}, %w/dequantized{int8 axis=0},"
+        " %b/dequantized)",
+    ]
+    arrays = {n: graph.constant(v) for n, v in low.model.graph.initializers.items()}
+    np.testing.assert_array_equal(arrays["b/scale"], arrays["x/scale"] * arrays["w/scale.1"])
+    # Rounded to the nearest whole step.
+    stored = arrays["b/codes"] * arrays["b/scale"].astype(np.float64)
+    assert (np.abs(stored - arrays["b"]) <= 0.5001 * arrays["b/scale"]).all()
+    assert not arrays["b/zero_point"].any()
+
+
+@pytest.mark.parametrize("shape", ["1", "1,4", "1,1"])
+def test_int32_bias_has_one_code_a_channel(shape: str) -> None:
+    source = f"""(float[3,8] x) => (float[3,4] y) <float[8,4] w, float[{shape}] b> {{
+        y = Gemm(x, w, b)
+    }}"""
+    count, _, low = act(source, "int32-bias")
+    assert count == 1
+    assert graph.constant(low.model.graph.initializers["b/codes"]).shape == (4,)
+
+
+def test_int32_bias_leaves_weight_only_layers() -> None:
+    assert act(GEMM, "int32-bias", lowering.WEIGHT_ONLY)[:2] == (0, [])
+
+
+# -- matmul-bias --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["m, b", "b, m"])
+def test_matmul_bias_of_rank_2_becomes_a_gemm(order: str) -> None:
+    source = f"""(float[N,8] x) => (float[N,4] y) <float[8,4] w, float[4] b> {{
+        m = MatMul(x, w)
+        y = Add({order})
+    }}"""
+    count, changed, low = act(source, "matmul-bias")
+    assert count == 1
+    assert "+%y: f32[N,4] = Gemm(%x/dequantized, %w/dequantized, %b/flat/dequantized)" in changed
+    gemm = low.model.graph.outputs[0].producer()
+    assert gemm is not None and graph.origins(gemm) == ("m",)
+
+
+def test_matmul_bias_of_rank_3_gets_leading_ones() -> None:
+    source = """(float[N,3,8] x) => (float[N,3,4] y) <float[8,4] w, float[4] b> {
+        m = MatMul(x, w)
+        y = Add(m, b)
+    }"""
+    count, changed, _ = act(source, "matmul-bias")
+    assert count == 1
+    assert changed == [
+        "+w %b/rank3: f32[1,1,4]",
+        "-%y: f32[N,3,4] = Add(%m, %b)",
+        "+%y: f32[N,3,4] = Add(%m, %b/rank3)",
+    ]
+
+
+def test_matmul_bias_of_higher_rank_than_the_product_is_left() -> None:
+    source = """(float[3,8] x) => (float[1,3,4] y) <float[8,4] w, float[1,1,4] b> {
+        m = MatMul(x, w)
+        y = Add(m, b)
+    }"""
+    assert act(source, "matmul-bias")[1] == []
+
+
+def test_matmul_bias_leaves_weight_only_layers() -> None:
+    source = """(float[N,8] x) => (float[N,4] y) <float[8,4] w, float[4] b> {
+        m = MatMul(x, w)
+        y = Add(m, b)
+    }"""
+    assert act(source, "matmul-bias", lowering.WEIGHT_ONLY)[:2] == (0, [])
+
+
+# -- the whole dialect --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [CONV, STEM, GEMM, RESIDUAL])
+def test_lowering_leaves_no_decision_and_no_range(source: str) -> None:
+    model = lowering.graph_of(source)
+    lowering.decide(model)
+    OrtCpu().lower(model)
+    assert not any(spec.all_specs(node) for node in model.graph)
+    assert not any(name.endswith("/range") for name in model.graph.initializers)
+    graph.verify(model)

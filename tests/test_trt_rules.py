@@ -1,0 +1,271 @@
+"""Every rule of the TensorRT dialect: what it changes, and when it leaves a graph alone."""
+
+from __future__ import annotations
+
+import lowering
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qcompile import graph, spec, text
+from qcompile.backends import trt_rules
+from qcompile.backends.base import Lowering
+from qcompile.backends.tensorrt import TensorRtRtx
+
+CONV = """(float[N,16,8,8] x) => (float[N,16,6,6] y) <float[16,16,3,3] w, float[16] b> {
+    c = Conv(x, w, b)
+    y = Relu(c)
+}"""
+GEMM = """(float[N,16] x) => (float[N,16] y) <float[16,16] w, float[16] b> {
+    y = Gemm(x, w, b)
+}"""
+BLOCK = """(float[N,16,8,8] x) => (float[N,16,8,8] y)
+<float[16,16,3,3] w, float[16,16,3,3] v, float[16] b> {
+    c = Conv<pads=[1,1,1,1]>(x, w, b)
+    r = Relu(c)
+    d = Conv<pads=[1,1,1,1]>(r, v)
+    s = Add(d, r)
+    y = Relu(s)
+}"""
+PRODUCT = "(float[2,8,8] q, float[2,8,8] k) => (float[2,8,8] y) { y = MatMul(q, k) }"
+BOTH = "simplify,calibrate,quantize{attention=int8}"
+
+
+def conv(ins: int, outs: int, kernel: str, before: str = "h = Tanh(x)") -> str:
+    height, width = (9 - int(k) for k in kernel.split(","))
+    return f"""(float[N,{ins},8,8] x) => (float[N,{outs},{height},{width}] y)
+    <float[{outs},{ins},{kernel}] w> {{
+        {before}
+        y = Conv(h, w)
+    }}"""
+
+
+def act(source: str, rule: str, passes: str = lowering.DECIDE) -> tuple[int, list[str], Lowering]:
+    """How often ``rule`` acts on the decided ``source``, the lines it changes, and the lowering."""
+    model = lowering.graph_of(source)
+    lowering.decide(model, passes)
+    low = Lowering(model)
+    for step in trt_rules.DIALECT:
+        before = text.render(model)
+        count = step.apply(low)
+        if step.name == rule:
+            return count, text.changes(before, text.render(model)), low
+    raise KeyError(rule)
+
+
+def test_every_rule_has_a_test_here_and_a_reason() -> None:
+    names = [rule.name for rule in trt_rules.DIALECT]
+    assert names == ["keep-float", "weights", "inputs", "residual"]
+    tests = "\n".join(globals())
+    for rule in trt_rules.DIALECT:
+        assert len(rule.why) > 40
+        assert f"test_{rule.name.replace('-', '_')}_" in tests, rule.name
+
+
+# -- keep-float ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "passes", "reason"),
+    [
+        (
+            """(float[N,16,8,8] x) => (float[N,16,6,6] y) <float[16,1,3,3] w> {
+                y = Conv<group=16>(x, w) }""",
+            lowering.DECIDE,
+            "depthwise",
+        ),
+        (
+            """(float[N,16,5,5] x) => (float[N,16,6,6] y) <float[16,16,2,2] w> {
+                y = ConvTranspose(x, w) }""",
+            lowering.DECIDE,
+            "ConvTranspose",
+        ),
+        (
+            "(float[16,N] x) => (float[N,16] y) <float[16,16] w> { y = Gemm<transA=1>(x, w) }",
+            lowering.DECIDE,
+            "transposed input",
+        ),
+        (
+            "(float[N,16] x) => (float[N,10] y) <float[16,10] w> { y = MatMul(x, w) }",
+            lowering.DECIDE,
+            "linear layer of 16 to 10",
+        ),
+        (
+            "(float[N,8] x) => (float[N,16] y) <float[16,8] w> { y = Gemm<transB=1>(x, w) }",
+            lowering.DECIDE,
+            "linear layer of 8 to 16",
+        ),
+        (conv(12, 16, "3,3"), lowering.DECIDE, "Conv with 12 to 16 channels"),
+        (conv(16, 12, "3,3"), lowering.DECIDE, "Conv with 16 to 12 channels"),
+        (conv(8, 16, "3,1"), lowering.DECIDE, "Conv with 8 to 16 channels"),
+        (
+            "(float[N,64] x) => (float[N,32] y) <float[64,32] w> { y = MatMul(x, w) }",
+            "simplify,calibrate,quantize{granularity=block weight=int4}",
+            "a scale a block",
+        ),
+        (
+            "(float[N,16] x) => (float[N,16] y) <float[16,16] w> { y = MatMul(x, w) }",
+            "simplify,calibrate,quantize,set{layer=y weight=float}",
+            "needs a quantized weight",
+        ),
+    ],
+)
+def test_keep_float_takes_back_the_decision_and_says_why(
+    source: str, passes: str, reason: str
+) -> None:
+    count, _, low = act(source, "keep-float", passes)
+    [layer] = low.layers
+    assert count == 1
+    assert not spec.all_specs(layer.node)
+    assert reason in layer.node.metadata_props[graph.REASON]
+
+
+def test_keep_float_leaves_half_a_product_of_activations_in_float() -> None:
+    model = lowering.graph_of(PRODUCT)
+    lowering.decide(model, BOTH)
+    low = Lowering(model)
+    low.layers[0].weight.decide(None)
+    assert trt_rules.keep_float(low) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        CONV,
+        GEMM,
+        BLOCK,
+        conv(8, 16, "3,3"),
+        conv(16, 8, "3,3"),
+        "(float[N,3,8,8] x) => (float[N,16,6,6] y) <float[16,3,3,3] w> { y = Conv(x, w) }",
+    ],
+)
+def test_keep_float_leaves_what_is_faster_in_int8(source: str) -> None:
+    assert act(source, "keep-float")[:2] == (0, [])
+
+
+# -- weights ------------------------------------------------------------------------------------
+
+
+def test_weights_become_symmetric_codes_behind_a_dequantize() -> None:
+    count, changed, low = act(CONV, "weights")
+    assert count == 1
+    assert changed == [
+        "+w %w/codes: i8[16,16,3,3]",
+        "+w %w/scale.1: f32[16]",
+        "+w %w/zero_point: i8[16]",
+        "-%c: f32[N,16,6,6] = Conv(%x{int8 asymmetric}, %w{int8 axis=0}, %b)",
+        "+%w/dequantized: f32[16,16,3,3] = DequantizeLinear(%w/codes, %w/scale.1, %w/zero_point)"
+        " {axis=0}",
+        "+%c: f32[N,16,6,6] = Conv(%x{int8 asymmetric}, %w/dequantized{int8 axis=0}, %b)",
+    ]
+    assert not graph.constant(low.model.graph.initializers["w/zero_point"]).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "stored"),
+    [
+        ("weight=int4", ir.DataType.INT8),
+        ("weight=int4 input=float", ir.DataType.INT4),
+        ("weight=int8 input=float", ir.DataType.INT8),
+    ],
+)
+def test_weights_are_packed_only_beside_a_float_input(options: str, stored: ir.DataType) -> None:
+    _, _, low = act(GEMM, "weights", f"simplify,calibrate,quantize{{{options}}}")
+    assert low.model.graph.initializers["w/codes"].dtype == stored
+
+
+def test_weights_leave_products_of_activations() -> None:
+    assert act(PRODUCT, "weights", BOTH)[:2] == (0, [])
+
+
+# -- inputs -------------------------------------------------------------------------------------
+
+
+def test_inputs_get_a_symmetric_grid_and_biases_stay_float() -> None:
+    count, changed, low = act(GEMM, "inputs")
+    assert count == 1
+    assert changed == [
+        "+w %x/scale: f32[]",
+        "+w %x/zero_point: i8[]",
+        "+%x/quantized: i8[N,16] = QuantizeLinear(%x, %x/scale, %x/zero_point)",
+        "+%x/dequantized: f32[N,16] = DequantizeLinear(%x/quantized, %x/scale, %x/zero_point)",
+        "-%y: f32[N,16] = Gemm(%x{int8 asymmetric}, %w/dequantized{int8 axis=1}, %b)",
+        "+%y: f32[N,16] = Gemm(%x/dequantized{int8 asymmetric}, %w/dequantized{int8 axis=1}, %b)",
+    ]
+    arrays = {n: graph.constant(v) for n, v in low.model.graph.initializers.items()}
+    assert not arrays["x/zero_point"].any()
+    np.testing.assert_allclose(arrays["x/scale"], np.abs(arrays["x/range"]).max() / 127, rtol=1e-6)
+
+
+def test_inputs_of_both_sides_of_a_product_are_quantized() -> None:
+    count, changed, _ = act(PRODUCT, "inputs", BOTH)
+    assert count == 2
+    assert changed[-1] == (
+        "+%y: f32[2,8,8] = MatMul(%q/dequantized{int8 asymmetric}, %k/dequantized{int8 asymmetric})"
+    )
+
+
+def test_inputs_leave_weight_only_layers() -> None:
+    assert act(GEMM, "inputs", lowering.WEIGHT_ONLY)[:2] == (0, [])
+
+
+# -- residual -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["d, r", "r, d"])
+def test_residual_quantizes_the_identity_side_only(order: str) -> None:
+    count, changed, _ = act(BLOCK.replace("Add(d, r)", f"Add({order})"), "residual")
+    assert count == 1
+    wanted = order.replace("d", "%d").replace("r", "%r/dequantized")
+    before = order.replace("d", "%d").replace("r", "%r")
+    assert changed == [
+        f"-%s: f32[N,16,8,8] = Add({before})",
+        f"+%s: f32[N,16,8,8] = Add({wanted})",
+    ]
+
+
+def test_residual_quantizes_an_identity_that_no_layer_reads() -> None:
+    source = BLOCK.replace("s = Add(d, r)", "t = Tanh(x) s = Add(t, d)")
+    count, changed, _ = act(source, "residual")
+    assert count == 1
+    assert changed[-1] == "+%s: f32[N,16,8,8] = Add(%t/dequantized, %d)"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        GEMM,
+        BLOCK.replace("Add(d, r)", "Add(d, b4)").replace("float[16] b", "float[16] b, float[16,1,1] b4"),
+        BLOCK.replace("d = Conv<pads=[1,1,1,1]>(r, v)", "d = Tanh(r)"),
+    ],
+)  # fmt: skip
+def test_residual_leaves_constants_and_sums_of_floats(source: str) -> None:
+    assert act(source, "residual")[:2] == (0, [])
+
+
+def test_residual_leaves_weight_only_convs() -> None:
+    assert act(BLOCK, "residual", lowering.WEIGHT_ONLY)[:2] == (0, [])
+
+
+# -- the whole dialect --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [CONV, GEMM, BLOCK])
+def test_lowering_writes_nothing_that_the_parser_refuses(source: str) -> None:
+    model = lowering.graph_of(source)
+    lowering.decide(model)
+    TensorRtRtx().lower(model)
+    graph.verify(model)
+    kinds = {v.dtype for v in model.graph.initializers.values()}
+    assert not kinds & {ir.DataType.UINT8, ir.DataType.INT32}
+    for node in model.graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert node.inputs[2] is not None
+            assert not graph.constant(node.inputs[2]).any()
+
+
+def test_lowering_puts_no_pair_behind_a_layer() -> None:
+    model = lowering.graph_of(CONV)
+    lowering.decide(model)
+    TensorRtRtx().lower(model)
+    assert lowering.operators(model)[-2:] == ["Conv", "Relu"]
