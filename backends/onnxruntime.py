@@ -22,7 +22,8 @@ class OrtCpu(Target):
     """ONNX Runtime, CPU provider, on x86 with VNNI (AVX512-VNNI or AVX-VNNI).
 
     Holds int8 activations (stored as uint8 with a zero point) with int2 to int8 weights (stored as
-    int8, whatever the nominal bits), and int8 weights alone. Narrower activations have no kernel.
+    int8, whatever the nominal bits), and int2 to int8 weights alone (stored in 4 or 8 bits).
+    Narrower activations have no kernel.
     """
 
     name: ClassVar[str] = "ort-cpu"

@@ -75,8 +75,14 @@ def build(request: Request) -> Answer:
 
 
 def _describe(error: Any) -> str:
+    # The lines about a missing CUDA device stand behind every error on a machine without one.
+    lines = [line for line in str(error.desc()).splitlines() if "catchCudaError" not in line]
+    cause = " ".join(lines)
+    if cause == "false":  # what a failed check of the parser without a text says
+        cause = "not supported"
     node = error.node_name() if hasattr(error, "node_name") else ""
-    return f"{node}: {error.desc()}" if node else str(error.desc())
+    operator = error.node_operator() if hasattr(error, "node_operator") else ""
+    return f"{node} ({operator}): {cause}" if node else cause
 
 
 def main() -> None:

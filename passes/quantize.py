@@ -78,6 +78,8 @@ class Quantize(Pass):
             if layer.input is not None and self.input != "float":
                 decide_input(layer.input, self.input)
                 inputs += 1
+            elif layer.input is not None and self.weight != "float":
+                layer.input.decide(None)  # an earlier quantize may have decided it
         products = [layer for layer in chosen if layer.kind == "attention"]
         if self.attention != "float":
             for layer in products:

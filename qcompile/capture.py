@@ -137,7 +137,8 @@ def _repair(model: ir.Model) -> ir.Model:
         common.RemoveInitializersFromInputsPass()(model)
         model.graph.sort()
         _fill_names(model)
-        common.ShapeInferencePass()(model)
+        with _quiet():  # shapes that contradict each other are a finding, not a traceback
+            common.ShapeInferencePass()(model)
     except Exception as error:  # whatever an odd model makes these raise, it is the model's fault
         raise CaptureError(f"the model cannot be repaired: {error}") from error
     graph.remove_dead(model)

@@ -94,20 +94,21 @@ def compile_command(
         passes=passes, targets=target, calib=calib, seed=seed, jobs=jobs, allow_float=allow_float,
         check_numerics=check_numerics, verify=verify, print_after=print_after,
         print_changes=print_changes, snapshots=snapshots, latency=latency,
+        require_fused=require_fused,
         log=_log, progress=_progress,
     )  # fmt: skip
-    results = compiler.Compiler(options).run(model, out)
+    try:
+        results = compiler.Compiler(options).run(model, out)
+    except RequirementError as error:
+        _show(error.results, verbose)
+        raise
+    _show(results, verbose)
+
+
+def _show(results: Iterable[compiler.Compiled], verbose: bool) -> None:
     for result in results:
         report.show(result.report, _out, verbose)
-        _out.print(f"wrote {result.folder}", highlight=False, soft_wrap=True)
-    if require_fused is not None:
-        for result in results:
-            reached = result.report.fused() * 100
-            if reached < require_fused:
-                raise RequirementError(
-                    f"{result.report.target}: {reached:.1f} % of the MACs run in integers, "
-                    f"{require_fused:g} % are required"
-                )
+        _out.print(f"wrote {result.folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(name="diff")
@@ -122,7 +123,7 @@ def diff_command(a: pathlib.Path, b: pathlib.Path, *, weights: bool = False) -> 
     try:
         changed = compiler.diff(a, b, weights)
     except QCompileError as error:
-        _err.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        _complain("error", error)
         return 2
     for line in changed:
         _out.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -223,6 +224,12 @@ def _log(message: str) -> None:
     _err.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
+def _complain(what: str, error: Exception) -> None:
+    """Print an error; its brackets are those of a file or a layer, never markup."""
+    _err.print(f"[bold red]{what}:[/bold red] ", end="")
+    _err.print(str(error), highlight=False, markup=False, soft_wrap=True)
+
+
 def _progress(items: Iterable[Any], label: str, total: int | None = None) -> Iterable[Any]:
     """``items`` with a bar and the time left, on a terminal; silent elsewhere."""
     if not _err.is_terminal:
@@ -236,16 +243,14 @@ def main() -> NoReturn:
     try:
         code = app(exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        _err.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        _complain("error", error)
         _err.print("qcompile --help lists the options", highlight=False)
         sys.exit(USAGE)
     except RequirementError as error:
-        _err.print("[bold red]requirement not met:[/bold red] ", end="")
-        _err.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        _complain("requirement not met", error)
         sys.exit(REQUIREMENT)
     except QCompileError as error:
-        _err.print("[bold red]error:[/bold red] ", end="")
-        _err.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        _complain("error", error)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         _err.print("interrupted; nothing was written")

@@ -15,7 +15,8 @@ Anything else that escapes is a bug too and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class QCompileError(Exception):
@@ -48,7 +49,14 @@ class TargetError(QCompileError):
 
 
 class RequirementError(QCompileError):
-    """The model was compiled, but misses a requirement of the user (exit code 3)."""
+    """The model was compiled and written, but misses what the user required (exit code 3).
+
+    ``results`` is what compile() would have returned.
+    """
+
+    def __init__(self, message: str, results: Sequence[Any]) -> None:
+        self.results = list(results)
+        super().__init__(message)
 
 
 class VerifyError(Exception):

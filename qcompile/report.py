@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qcompile import graph, numerics
@@ -48,10 +49,14 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """One output of the model against float, on the samples kept to judge."""
+    """One output of the model against float, on the samples kept to judge.
+
+    ``sqnr`` is as it runs here, ``simulated`` without the runtime's optimizations; both in dB.
+    """
 
     name: str
     sqnr: float
+    simulated: float
     cosine: float
 
 
@@ -281,7 +286,7 @@ def left_alone(model: ir.Model, rows: Sequence[LayerReport]) -> list[LeftAlone]:
 
 def show(report: Report, console: Console, verbose: bool = False) -> None:
     """Print the summary; every layer if ``verbose``, else those that do not run as asked."""
-    title = f"{report.model} -> {report.target}"
+    title = escape(f"{report.model} -> {report.target}")
     console.print(f"[bold]{title}[/bold]", highlight=False)
     summary = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for what, parts in report.share.items():
@@ -293,7 +298,7 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
             "judge samples" if report.data and report.data.judged_apart else "calibration samples"
         )
         text = f"SQNR {output.sqnr:.1f} dB, cosine {output.cosine:.5f} ({judged} {where})"
-        summary.add_row(f"output {output.name}", text)
+        summary.add_row(escape(f"output {output.name}"), text)
     size = report.size
     text = f"{_bytes(size.float_bytes)} -> {_bytes(size.compiled_bytes)}"
     summary.add_row("size", f"{text} ({size.compiled_bytes / max(size.float_bytes, 1):.2f}x)")
@@ -307,9 +312,10 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
     named = {row.name for row in report.layers}
     others = [item for item in report.left_alone if item.name not in named]
     for item in others:
-        console.print(f"left alone: {item.name} ({item.op}): {item.reason}", highlight=False)
+        line = f"left alone: {item.name} ({item.op}): {item.reason}"
+        console.print(line, highlight=False, markup=False)
     for warning in report.warnings:
-        console.print(f"[bold red]warning:[/bold red] {warning}", highlight=False)
+        console.print(f"[bold red]warning:[/bold red] {escape(warning)}", highlight=False)
 
 
 def _show_layers(report: Report, console: Console) -> None:
@@ -320,7 +326,8 @@ def _show_layers(report: Report, console: Console) -> None:
     for row in report.layers:
         sqnr = "" if row.sqnr is None or not math.isfinite(row.sqnr) else f"{row.sqnr:.1f}"
         asked = "float" if row.weight == "float" else f"{row.weight} x {row.input}"
-        table.add_row(row.name, asked, row.runs, row.kernel, sqnr, f"{row.macs:,}", row.reason)
+        cells = (row.name, asked, row.runs, row.kernel, sqnr, f"{row.macs:,}", row.reason)
+        table.add_row(*map(escape, cells))
     console.print(table)
 
 

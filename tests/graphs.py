@@ -28,7 +28,7 @@ CHAIN = """(float[2,8] x) => (float[2,4] y) <float[8,8] w1, float[8] b1, float[8
 
 
 def proto(text: str, opset: int = 21, seed: int = 0) -> onnx.ModelProto:
-    """The model of ``text``; a declared float that nothing writes becomes a weight from ``seed``."""
+    """The model of ``text``; a declared float that nothing writes is a weight from ``seed``."""
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}]> tiny {text}')
     written = {name for node in model.graph.node for name in node.output}
     rng = np.random.default_rng(seed)

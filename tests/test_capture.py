@@ -209,9 +209,10 @@ def test_a_folder_is_rejected(tmp_path: pathlib.Path) -> None:
         capture(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello, this is no model\n" * 9,
-b"\x08\x0a\xff\xff\xff"]) def test_what_is_no_model_is_rejected(content: bytes, tmp_path:
-pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    "content", [b"", b"hello, this is no model\n" * 9, b"\x08\x0a\xff\xff\xff"]
+)
+def test_what_is_no_model_is_rejected(content: bytes, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "text.onnx"
     path.write_bytes(content)
     with pytest.raises(CaptureError, match=r"'.*text\.onnx' is not an? .*ONNX model"):
@@ -268,12 +269,12 @@ def test_load_object_finds_what_lies_in_the_folder_of_the_user(
 @pytest.fixture(scope="module")
 def torch_model() -> tuple[Any, Any]:
     """A module with BatchNorm and nested blocks, trained on nothing, and its example input."""
-    torch = pytest.importorskip("torch")
+    torch: Any = pytest.importorskip("torch")  # torch is an extra, and its types are not ours
     torch.manual_seed(0)
 
-    class Block(torch.nn.Module):  # type: ignore[misc, name-defined]
+    class Block(torch.nn.Module):
         def __init__(self, channels: int) -> None:
-            super().__init__()
+            torch.nn.Module.__init__(self)
             self.conv = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False)
             self.norm = torch.nn.BatchNorm2d(channels)
             self.norm.running_mean.normal_()
@@ -282,9 +283,9 @@ def torch_model() -> tuple[Any, Any]:
         def forward(self, x: Any) -> Any:
             return torch.relu(self.norm(self.conv(x))) + x
 
-    class Net(torch.nn.Module):  # type: ignore[misc, name-defined]
+    class Net(torch.nn.Module):
         def __init__(self) -> None:
-            super().__init__()
+            torch.nn.Module.__init__(self)
             self.layers = torch.nn.Sequential(Block(4), Block(4))
             self.head = torch.nn.Linear(4, 3)
 
@@ -325,13 +326,13 @@ def test_torch_is_captured_alike_twice_with_a_dynamic_batch(torch_model: tuple[A
 
 
 def test_what_torch_cannot_export_is_said() -> None:
-    torch = pytest.importorskip("torch")
+    torch: Any = pytest.importorskip("torch")
 
-    class Branch(torch.nn.Module):  # type: ignore[misc, name-defined]
+    class Branch(torch.nn.Module):
         def forward(self, x: Any) -> Any:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(CaptureError, match="torch.export failed: "):
+    with pytest.raises(CaptureError, match=r"torch\.export failed: "):
         capture((Branch(), (torch.ones(2),)))
 
 

@@ -72,7 +72,8 @@ def test_the_channel_axis_is_that_of_the_output(source: str) -> None:
     layer.weight.read_from(graphs.add_constant(model, "changed", weight))
     moved = outputs(model, feeds)["y"] != before
     axis = moved.ndim - 1 if layer.kind == "linear" else 1
-    assert moved.any(axis=tuple(a for a in range(moved.ndim) if a != axis)).nonzero()[0].tolist() == [1]
+    others = tuple(a for a in range(moved.ndim) if a != axis)
+    assert moved.any(axis=others).nonzero()[0].tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -165,8 +166,14 @@ def test_a_constant_is_what_the_runtime_computes(moves: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("globs", "found"), [(("h",), ["h"]), (("MatMul",), ["h", "y"]), (("*",), ["h", "y"]), (("y",
-    "h"), ["h", "y"]), ((), [])],
+    ("globs", "found"),
+    [
+        (("h",), ["h"]),
+        (("MatMul",), ["h", "y"]),
+        (("*",), ["h", "y"]),
+        (("y", "h"), ["h", "y"]),
+        ((), []),
+    ],
 )
 def test_globs_match_names_and_operator_types(globs: tuple[str, ...], found: list[str]) -> None:
     assert [layer.name for layer in graphs.select(graph(CHAIN), globs, "layer")] == found
@@ -227,7 +234,8 @@ def test_redirect_moves_the_readers_that_are_not_kept() -> None:
 
 def test_redirect_keeps_the_name_of_an_output() -> None:
     model = graph("(float[4] x) => (float[4] y) { h = Neg(x) y = Relu(h) }")
-    graphs.redirect(model, node(model, "y").outputs[0], node(model, "h").outputs[0], lambda _: False)
+    y, h = node(model, "y").outputs[0], node(model, "h").outputs[0]
+    graphs.redirect(model, y, h, keep=lambda _: False)
     graphs.remove_dead(model)
     assert [v.name for v in model.graph.outputs] == ["y"]
     assert [n.op_type for n in model.graph] == ["Neg"]

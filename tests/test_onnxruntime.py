@@ -9,6 +9,7 @@ from typing import Any
 import graphs
 import lowering
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
@@ -500,10 +501,10 @@ def test_the_simulation_is_the_lowered_graph(tmp_path: pathlib.Path) -> None:
 
 
 def accuracy(session: execute.Session, pictures: Array, labels: Array) -> float:
-    found = [
-        session.run({"image": pictures[i : i + 100]})["logits"] for i in range(0, len(labels), 100)
-    ]
-    return float(np.mean(np.concatenate(found).argmax(axis=1) == labels))
+    batches = np.split(pictures, len(pictures) // 100)
+    logits = np.concatenate([session.run({"image": batch})["logits"] for batch in batches])
+    right: npt.NDArray[np.bool_] = logits.argmax(axis=1) == labels
+    return float(np.mean(right))
 
 
 @pytest.mark.parametrize("name", [fashion.CNN, fashion.VIT])

@@ -37,7 +37,8 @@ def statistics(channels: int) -> str:
     return STATISTICS.format(c=channels, values=spread)
 
 
-CONV_BN = f"""(float[1,2,5,5] x) => (float[1,4,3,3] y) <float[4,2,3,3] w, float[4] b, {statistics(4)}> {{
+CONV_BN = f"""(float[1,2,5,5] x) => (float[1,4,3,3] y)
+    <float[4,2,3,3] w, float[4] b, {statistics(4)}> {{
     h = Conv(x, w, b) n = BatchNormalization<epsilon=0.01>(h, g, beta, mean, var) y = Relu(n) }}"""
 CONV_BN_LAST = f"""(float[1,2,5,5] x) => (float[1,4,3,3] y) <float[4,2,3,3] w, {statistics(4)}> {{
     h = Conv(x, w) y = BatchNormalization(h, g, beta, mean, var) }}"""
@@ -45,17 +46,22 @@ DEPTHWISE_BN = f"""(float[1,4,5,5] x) => (float[1,4,3,3] y) <float[4,1,3,3] w, {
     h = Conv<group=4>(x, w) y = BatchNormalization(h, g, beta, mean, var) }}"""
 TRANSPOSE_BN = f"""(float[1,2,3,3] x) => (float[1,5,5,5] y) <float[2,5,3,3] w, {statistics(5)}> {{
     h = ConvTranspose(x, w) y = BatchNormalization(h, g, beta, mean, var) }}"""
-GROUPED_TRANSPOSE_BN = f"""(float[1,2,3,3] x) => (float[1,4,5,5] y) <float[2,2,3,3] w, {statistics(4)}> {{
+GROUPED_TRANSPOSE_BN = f"""(float[1,2,3,3] x) => (float[1,4,5,5] y)
+    <float[2,2,3,3] w, {statistics(4)}> {{
     h = ConvTranspose<group=2>(x, w) y = BatchNormalization(h, g, beta, mean, var) }}"""
 GEMM_BN = f"""(float[2,8] x) => (float[2,3] y) <float[3,8] w, float[3] b, {statistics(3)}> {{
-    h = Gemm<transB=1, alpha=0.5, beta=2.0>(x, w, b) y = BatchNormalization(h, g, beta, mean, var) }}"""
-GEMM_BN_NO_BETA = f"""(float[2,8] x) => (float[2,3] y) <float[8,3] w, float[3] b, {statistics(3)}> {{
+    h = Gemm<transB=1, alpha=0.5, beta=2.0>(x, w, b) y = 
+    BatchNormalization(h, g, beta, mean, var) }}"""
+GEMM_BN_NO_BETA = f"""(float[2,8] x) => (float[2,3] y)
+    <float[8,3] w, float[3] b, {statistics(3)}> {{
     h = Gemm<beta=0.0>(x, w, b) y = BatchNormalization(h, g, beta, mean, var) }}"""
 GEMM_BN_NO_BIAS = f"""(float[2,8] x) => (float[2,3] y) <float[8,3] w, {statistics(3)}> {{
     h = Gemm<alpha=0.5>(x, w) y = BatchNormalization(h, g, beta, mean, var) }}"""
-GEMM_BN_SCALAR_BIAS = f"""(float[2,8] x) => (float[2,3] y) <float[8,3] w, float[1] b, {statistics(3)}> {{
+GEMM_BN_SCALAR_BIAS = f"""(float[2,8] x) => (float[2,3] y)
+    <float[8,3] w, float[1] b, {statistics(3)}> {{
     h = Gemm(x, w, b) y = BatchNormalization(h, g, beta, mean, var) }}"""
-GEMM_BN_ROW_BIAS = f"""(float[2,8] x) => (float[2,3] y) <float[8,3] w, float[2,1] b, {statistics(3)}> {{
+GEMM_BN_ROW_BIAS = f"""(float[2,8] x) => (float[2,3] y)
+    <float[8,3] w, float[2,1] b, {statistics(3)}> {{
     h = Gemm(x, w, b) y = BatchNormalization(h, g, beta, mean, var) }}"""
 SHARED_WEIGHT_BN = f"""(float[1,2,5,5] x) => (float[1,4,3,3] y, float[1,4,3,3] z)
     <float[4,2,3,3] w, {statistics(4)}> {{
@@ -256,7 +262,8 @@ def test_simplify_keeps_the_function_of_a_pad_with_axes(axes: str) -> None:
 
 
 def test_simplify_fixes_a_shape_that_is_computed() -> None:
-    model = graph("""(float[batch,2,4] x) => (float[batch,8] y) <int64[1] rest = {8}, int64[1] i = {0}> {
+    model = graph("""(float[batch,2,4] x) => (float[batch,8] y)
+        <int64[1] rest = {8}, int64[1] i = {0}> {
         s = Shape(x) b = Gather(s, i) t = Concat<axis=0>(b, rest) y = Reshape(x, t) }""")
     reference = model.clone()
     [counters] = run(model, Simplify())
@@ -398,7 +405,8 @@ def test_smooth_hadamard_rotates_channels_by_a_grouped_convolution() -> None:
         "(float[b,t,8] x) => (float[b,t,5] y) <float[8,5] w> { y = MatMul(x, w) }",
         "(float[2,8] x) => (float[2,3] y) <float[8,3] w> { y = Gemm<alpha=0.5>(x, w) }",
         "(float[1,8,3] x) => (float[1,5,3] y) <float[5,8,1] w> { y = Conv(x, w) }",
-        "(float[1,8,4,4] x) => (float[1,5,2,2] y) <float[5,8,1,1] w> { y = Conv<strides=[2,2]>(x, w) }",
+        """(float[1,8,4,4] x) => (float[1,5,2,2] y) <float[5,8,1,1] w> {
+            y = Conv<strides=[2,2]>(x, w) }""",
         """(float[1,8,4,4] x) => (float[1,5,6,6] y) <float[5,8,1,1] w> {
             y = Conv<pads=[1,1,1,1]>(x, w) }""",
     ],
@@ -511,8 +519,8 @@ def test_outliers_cost_less_after_a_rotation() -> None:
         x = execute.execute(model, feeds, [value])[value]
         scale = np.abs(x).max() / 127
         layer = next(iter(graphs.layers(model)))
-        rounded = (np.rint(x / scale) * scale) @ graphs.constant(layer.weight.value)
-        return float(np.mean((rounded - wanted) ** 2))
+        rounded: Array = (np.rint(x / scale) * scale) @ graphs.constant(layer.weight.value)
+        return float(np.mean((rounded - wanted).astype(np.float64) ** 2))
 
     before = error("x")
     run(model, SmoothHadamard(block=32))

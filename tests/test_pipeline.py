@@ -14,8 +14,8 @@ from graphs import CHAIN, CONV, LINEAR, graph, samples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompile import pipeline, recipes, registry, simulate, spec
 from qcompile import graph as graphs
+from qcompile import pipeline, recipes, registry, simulate, spec
 from qcompile.calibrate import Calibration, Data
 from qcompile.compiler import parse_target
 from qcompile.errors import (
@@ -337,10 +337,10 @@ class Fail(Nothing):
     ("broken", "says"),
     [
         (Dangle(deep=True), r"pass dangle\{deep=true\} broke the graph: .* reads 'nowhere'"),
-        (Lose(), r"pass lose broke the graph: the captured layer 'h' is lost"), (Twin(), r"pass twin
-        broke the graph: two nodes are named 'h'"), (Mistype(), r"pass mistype broke the graph:
-        .*colour"), (Unscale(), r"pass unscale broke the graph: a spec of node 'h' names 'gone',
-        which is lost"),
+        (Lose(), r"pass lose broke the graph: the captured layer 'h' is lost"),
+        (Twin(), r"pass twin broke the graph: two nodes are named 'h'"),
+        (Mistype(), r"pass mistype broke the graph: .*colour"),
+        (Unscale(), r"pass unscale broke .*: a spec of node 'h' names 'gone', which is lost"),
     ],
     ids=lambda case: str(case).split(" ")[0],
 )
@@ -462,8 +462,7 @@ def test_map_is_in_order_whatever_the_number_of_jobs() -> None:
 
 
 def test_a_pass_that_reads_data_says_how_to_give_it() -> None:
-    with pytest.raises(PassError, match=r"calibrate: this pass needs calibration data: give
-    --calib"):
+    with pytest.raises(PassError, match=r"calibrate: .* calibration data: give --calib"):
         pipeline.run(graph(LINEAR), [Calibrate()], Context())
 
 

@@ -235,7 +235,7 @@ def test_residual_quantizes_an_identity_that_no_layer_reads() -> None:
     "source",
     [
         GEMM,
-        BLOCK.replace("Add(d, r)", "Add(d, b4)").replace("float[16] b", "float[16] b, float[16,1,1] b4"),
+        BLOCK.replace("Add(d, r)", "Add(d, k)").replace("[16] b", "[16] b, float[16,1,1] k"),
         BLOCK.replace("d = Conv<pads=[1,1,1,1]>(r, v)", "d = Tanh(r)"),
     ],
 )  # fmt: skip

@@ -1,0 +1,444 @@
+"""Laws of the command line: exit codes, the user's words, and files that appear whole or not."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from graphs import CHAIN, graph, proto, samples
+
+from qcompile import cli, execute, recipes, registry
+from qcompile.capture import capture
+from qcompile.models import fashion
+
+# The framework wonders why a test calls the command line without words; here they are in sys.argv.
+pytestmark = pytest.mark.filterwarnings("ignore:Cyclopts application invoked")
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def qcompile(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The command line in this process; no answer of it may be a traceback."""
+
+    def command(*words: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["qcompile", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return Result(int(caught.value.code or 0), out, err)
+
+    return command
+
+
+def process(*words: object, cwd: pathlib.Path | None = None) -> Result:
+    """The command line as a process of its own."""
+    command = [sys.executable, "-m", "qcompile.cli", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    assert "Traceback" not in done.stdout + done.stderr
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def here(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """An empty folder to work in, with a tiny model and data that fits it."""
+    model = graph(CHAIN)
+    execute.save(model, tmp_path / "m.onnx")
+    stacked = np.stack([s["x"] for s in samples(model, 10)])
+    np.savez(tmp_path / "data.npz", x=stacked)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def names(folder: pathlib.Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+TINY = ("m.onnx", "--calib", "data.npz", "-o", "result")
+START = ["data.npz", "m.onnx"]
+
+
+# -- compiling ----------------------------------------------------------------------------------
+
+
+def test_a_real_model_becomes_integers_and_the_same_command_writes_the_same_bytes(
+    tmp_path: pathlib.Path, qcompile: Command
+) -> None:
+    command = [fashion.path(fashion.CNN), "--calib", fashion.path(fashion.CALIBRATION), "-o"]
+    mine = qcompile(*command, tmp_path / "one")
+    other = process(*command, tmp_path / "two")
+    assert (mine.code, other.code) == (0, 0), mine.err + other.err
+    assert names(tmp_path) == ["one", "two"]
+    assert {"model.onnx", "report.json", "pipeline.txt"} <= set(names(tmp_path / "one"))
+    one, two = (tmp_path / n / "model.onnx" for n in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    pictures, labels = fashion.test()
+    float_model, compiled = execute.Session(fashion.path(fashion.CNN)), execute.Session(one)
+
+    def right(session: execute.Session) -> float:
+        logits = session.run({"image": pictures[:1000]})["logits"]
+        return float((logits.argmax(axis=1) == labels[:1000]).mean())
+
+    # A hundredth is ten pictures: more than two standard errors of a paired difference this small.
+    assert right(compiled) > right(float_model) - 0.01
+    assert one.stat().st_size < 0.5 * fashion.path(fashion.CNN).stat().st_size
+    assert f"wrote {tmp_path / 'one'}" in mine.out
+
+
+def test_the_report_and_the_file_say_how_it_was_made(here: pathlib.Path, qcompile: Command) -> None:
+    assert qcompile(*TINY, "--seed", 7).code == 0
+    written = json.loads((here / "result" / "report.json").read_text())
+    stamp = json.loads(execute.load(here / "result" / "model.onnx").metadata_props["qcompile"])
+    assert written["pipeline"] == stamp["pipeline"] == recipes.RECIPES["int8"]
+    assert written["target"] == stamp["target"] == "ort-cpu"
+    assert written["seed"] == stamp["seed"] == 7
+    assert written["data"]["digest"] == stamp["data"]
+    assert stamp["random_calibration"] is False
+
+
+def test_the_written_pipeline_makes_the_same_file(here: pathlib.Path, qcompile: Command) -> None:
+    assert qcompile(*TINY).code == 0
+    again = shlex.split((here / "result" / "pipeline.txt").read_text())
+    assert qcompile("m.onnx", "--calib", "data.npz", "-o", "again", *again).code == 0
+    one, other = (here / n / "model.onnx" for n in ("result", "again"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_number_of_jobs_does_not_matter(here: pathlib.Path, qcompile: Command) -> None:
+    text = "simplify,calibrate,quantize{method=mse},insert-qdq"
+    for jobs in (1, 2):
+        command = ("m.onnx", "--calib", "data.npz", "-o", f"j{jobs}", "--jobs", jobs)
+        assert qcompile(*command, "--passes", text).code == 0
+    one, other = (here / n / "model.onnx" for n in ("j1", "j2"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_our_own_folder_is_replaced_whole(here: pathlib.Path, qcompile: Command) -> None:
+    assert qcompile(*TINY).code == 0
+    (here / "result" / "stale.txt").write_text("from before")
+    assert qcompile(*TINY).code == 0
+    assert "stale.txt" not in names(here / "result")
+    assert names(here) == [*START, "result"]
+
+
+def test_observers_print_and_write(here: pathlib.Path, qcompile: Command) -> None:
+    done = qcompile(*TINY, "--print-after", "quantize", "--print-changes", "--snapshots", "steps")
+    assert done.code == 0
+    shown = done.out + done.err
+    assert "%h: f32[2,8] = MatMul(%x{int8 asymmetric}, %w1{int8 axis=1})" in shown
+    assert "-%h: f32[2,8] = MatMul(%x, %w1)" in shown
+    passes = recipes.RECIPES["int8"].split(",")
+    stems = [f"{i:02d}-{name}" for i, name in enumerate(passes)]
+    assert names(here / "steps") == sorted(f"{s}{e}" for s in stems for e in (".onnx", ".txt"))
+
+
+def test_noise_is_marked_everywhere(here: pathlib.Path, qcompile: Command) -> None:
+    done = qcompile("m.onnx", "--calib", "random", "-o", "result")
+    assert done.code == 0
+    assert "calibrated on random noise" in " ".join(done.out.split())
+    written = json.loads((here / "result" / "report.json").read_text())
+    stamp = json.loads(execute.load(here / "result" / "model.onnx").metadata_props["qcompile"])
+    assert written["data"]["random"] is True
+    assert any("random noise" in warning for warning in written["warnings"])
+    assert stamp["random_calibration"] is True
+
+
+def test_a_float_result_is_written_when_it_is_asked_for(
+    here: pathlib.Path, qcompile: Command
+) -> None:
+    assert qcompile(*TINY, "--passes", "simplify", "--allow-float").code == 0
+    assert (here / "result" / "model.onnx").is_file()
+
+
+def test_a_recipe_file_is_read(here: pathlib.Path, qcompile: Command) -> None:
+    (here / "my.txt").write_text("calibrate  # ours\nquantize{weight=int4}\ninsert-qdq\n")
+    assert qcompile(*TINY, "--passes", "@my.txt").code == 0
+    written = json.loads((here / "result" / "report.json").read_text())
+    assert written["pipeline"] == "calibrate,quantize{weight=int4},insert-qdq"
+
+
+# -- exit code 1: the user's mistakes, in the user's words --------------------------------------
+
+WITH_DATA = ["--calib", "data.npz"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["gone.onnx", *WITH_DATA], "there is no file 'gone.onnx'"),
+        (["notes.onnx", *WITH_DATA], "'notes.onnx' is not"),
+        ([".", *WITH_DATA], "is a folder; name the .onnx file"),
+        (["nowhere:make", *WITH_DATA], "cannot import 'nowhere'"),
+        (["m.onnx"], "no calibration data: give --calib"),
+        (["m.onnx", "--calib", "gone.npz"], "there is no file 'gone.npz'"),
+        (["m.onnx", "--calib", "notes.onnx"], "is no .npz file"),
+        (["m.onnx", "--calib", "text.npz"], "'text.npz' is not a readable .npz"),
+        (["m.onnx", "--calib", "noise"], "a source is an .npz file"),
+        (["m.onnx", "--calib", "names.npz"], "no array for input 'x'; it has z"),
+        (["m.onnx", "--calib", "more.npz"], "an array 'extra', which is no input"),
+        (["m.onnx", "--calib", "shapes.npz"], "'x' has shape"),
+        (["m.onnx", "--calib", "rank.npz"], "add a leading sample axis or the batch axis"),
+        (["m.onnx", "--calib", "whole.npz"], "'x' is int64, the model reads x: float32[2,8]"),
+        (["m.onnx", "--calib", "nan.npz"], "'x' has NaN or infinity in it"),
+        (["m.onnx", "--calib", "empty.npz"], "array 'x' holds no sample"),
+        (["m.onnx", "--calib", "nothing.npz"], "'nothing.npz' holds no arrays"),
+        (
+            ["m.onnx", *WITH_DATA, "--passes", "simplify,calibrat"],
+            "unknown pass 'calibrat'; did you mean 'calibrate'?",
+        ),
+        (["m.onnx", *WITH_DATA, "--passes", "quantize{weight=int8"], "this brace is never closed"),
+        (["m.onnx", *WITH_DATA, "--passes", "smooth-hadamard{block=6}"], "a power of two"),
+        (["m.onnx", *WITH_DATA, "--passes", "@int9"], "did you mean 'int8'?"),
+        (["m.onnx", *WITH_DATA, "--passes", ""], "expected a name, the text ends"),
+        (
+            ["m.onnx", *WITH_DATA, "--passes", "quantize,calibrate,insert-qdq"],
+            "this order works: calibrate,quantize,insert-qdq",
+        ),
+        (
+            ["m.onnx", *WITH_DATA, "--passes", "calibrate,quantize{exclude=head},insert-qdq"],
+            "exclude=head matches no layer; known are h, y",
+        ),
+        (["m.onnx", *WITH_DATA, "--passes", "simplify"], "'simplify' lowers nothing: end it with"),
+        (
+            ["m.onnx", *WITH_DATA, "--passes", "calibrate,quantize"],
+            "'calibrate,quantize' lowers nothing: end it with calibrate,quantize,insert-qdq",
+        ),
+        (["plain.onnx", *WITH_DATA], "nothing is quantized by"),
+        (
+            ["m.onnx", *WITH_DATA, "--passes", "calibrate,quantize{weight=uint8},insert-qdq"],
+            "ort-cpu holds no uint8 weights",
+        ),
+        (["m.onnx", *WITH_DATA, "--target", "ort-gpu"], "unknown target 'ort-gpu'"),
+        (["m.onnx", *WITH_DATA, "--target", "ort-cpu", "--target", "ort-cpu"], "named twice"),
+        (["m.onnx", *WITH_DATA, "--print-after", "fuse"], "the pipeline has no such pass"),
+    ],
+    ids=lambda case: " ".join(case[:4]) if isinstance(case, list) else "",  # pyright: ignore[reportUnknownArgumentType, reportUnknownLambdaType]
+)
+def test_a_mistake_is_said_and_nothing_is_written(
+    here: pathlib.Path, qcompile: Command, words: Sequence[str], says: str
+) -> None:
+    execute.save(graph("(float[2,8] x) => (float[2,8] y) { y = Neg(x) }"), here / "plain.onnx")
+    (here / "notes.onnx").write_text("these are notes, no model\n" * 9)
+    (here / "text.npz").write_text("no archive")
+    x = np.zeros((10, 2, 8), np.float32)
+    np.savez(here / "names.npz", z=x)
+    np.savez(here / "more.npz", x=x, extra=x)
+    np.savez(here / "shapes.npz", x=x[:, :, :5])
+    np.savez(here / "rank.npz", x=x[0, 0])
+    np.savez(here / "whole.npz", x=x.astype(np.int64))
+    np.savez(here / "nan.npz", x=x * np.nan)
+    np.savez(here / "empty.npz", x=x[:0])
+    np.savez(here / "nothing.npz")
+    before = names(here)
+    done = qcompile(*words, "-o", "result")
+    assert done.code == 1
+    assert says in done.err
+    assert "error:" in done.err
+    assert names(here) == before
+
+
+def test_a_wrong_text_is_underlined(here: pathlib.Path, qcompile: Command) -> None:
+    done = qcompile(*TINY, "--passes", "simplify,quantize{wieght=int4}")
+    assert done.code == 1
+    lines = done.err.rstrip().splitlines()
+    text, caret = lines[-2], lines[-1]
+    assert text.strip() == "simplify,quantize{wieght=int4}"
+    assert text.index("wieght") == caret.index("^")
+
+
+def test_foreign_files_are_not_touched(here: pathlib.Path, qcompile: Command) -> None:
+    (here / "result").mkdir()
+    (here / "result" / "thesis.txt").write_text("years of work")
+    done = qcompile(*TINY)
+    assert done.code == 1
+    assert "holds files that qcompile did not write" in done.err
+    assert names(here / "result") == ["thesis.txt"]
+    assert names(here) == [*START, "result"]
+
+
+def test_a_file_is_not_overwritten_by_the_folder(here: pathlib.Path, qcompile: Command) -> None:
+    (here / "result").write_text("mine")
+    done = qcompile(*TINY)
+    assert (done.code, (here / "result").read_text()) == (1, "mine")
+    assert "is a file; name a folder to write" in done.err
+
+
+def test_a_failure_leaves_the_last_result_as_it_was(here: pathlib.Path, qcompile: Command) -> None:
+    assert qcompile(*TINY).code == 0
+    before = (here / "result" / "model.onnx").read_bytes()
+    assert qcompile(*TINY, "--passes", "calibrate,quantize{include=nope},insert-qdq").code == 1
+    assert (here / "result" / "model.onnx").read_bytes() == before
+    assert names(here) == [*START, "result"]
+
+
+def test_a_quantized_model_is_refused_with_the_node(here: pathlib.Path, qcompile: Command) -> None:
+    assert qcompile(*TINY).code == 0
+    done = qcompile("result/model.onnx", *WITH_DATA, "-o", "again")
+    assert done.code == 1
+    assert "the model is quantized already: node '" in done.err
+    assert "start from the float model" in done.err
+    assert not (here / "again").exists()
+
+
+def test_a_process_says_it_alike(here: pathlib.Path) -> None:
+    done = process("gone.onnx", *WITH_DATA, cwd=here)
+    assert (done.code, done.out) == (1, "")
+    assert "there is no file 'gone.onnx'" in done.err
+    assert names(here) == START
+
+
+# -- exit codes 2 and 3 -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["m.onnx", "--bits", "8"], ["m.onnx", "--seed", "many"], ["m.onnx", "n.onnx"], ["diff", "a"]],
+    ids=" ".join,
+)
+def test_usage_exits_with_two(here: pathlib.Path, qcompile: Command, words: Sequence[str]) -> None:
+    done = qcompile(*words)
+    assert done.code == 2, done
+    assert "qcompile --help" in done.err
+    assert names(here) == START
+
+
+def test_a_requirement_that_is_missed_exits_with_three(
+    here: pathlib.Path, qcompile: Command
+) -> None:
+    half = ("--passes", "calibrate,quantize{exclude=h},insert-qdq")
+    done = qcompile(*TINY, *half, "--require-fused", 90)
+    assert done.code == 3
+    # The first layer has 2 * 8 * 8 MACs, the second 2 * 8 * 4.
+    assert "33.3 % of the MACs run in integers, 90 % are required" in done.err
+
+
+def test_a_requirement_that_is_met_exits_with_zero(here: pathlib.Path, qcompile: Command) -> None:
+    assert qcompile(*TINY, "--require-fused", 100).code == 0
+
+
+# -- the other commands -------------------------------------------------------------------------
+
+
+def test_diff_tells_equal_from_different_from_wrong(here: pathlib.Path, qcompile: Command) -> None:
+    changed = graph(CHAIN)
+    changed.graph[2].op_type = "Tanh"
+    execute.save(changed, here / "changed.onnx")
+    execute.save(graph(CHAIN, seed=3), here / "numbers.onnx")
+    (here / "notes.onnx").write_text("no model at all, only words\n" * 5)
+    assert qcompile("diff", "m.onnx", "m.onnx") == Result(0, "", "")
+    different = qcompile("diff", "m.onnx", "changed.onnx")
+    assert (different.code, different.out.splitlines()) == (
+        1,
+        ["-%r: f32[2,8] = Relu(%s)", "+%r: f32[2,8] = Tanh(%s)"],
+    )
+    assert qcompile("diff", "m.onnx", "numbers.onnx").code == 0
+    assert qcompile("diff", "m.onnx", "numbers.onnx", "--weights").code == 1
+    for wrong in ("gone.onnx", "notes.onnx"):
+        done = qcompile("diff", "m.onnx", wrong)
+        assert (done.code, done.out) == (2, "")
+        assert f"'{wrong}' is not a readable ONNX model" in done.err
+
+
+@pytest.mark.parametrize("word", ["[/b]", "[red]", "[/]"])
+def test_brackets_are_shown_as_they_are(here: pathlib.Path, qcompile: Command, word: str) -> None:
+    for words, code in (
+        (["diff", "m.onnx", word], 2),
+        (["m.onnx", "--seed", word], 2),
+        ([word, *WITH_DATA], 1),
+        (["m.onnx", *WITH_DATA, "-o", f"to{word}"], 0),
+        (["m.onnx", *WITH_DATA, "-o", f"to{word}", "--passes", "calibrate,quantize{exclude=x}"], 1),
+    ):
+        done = qcompile(*words)
+        assert done.code == code
+        assert code == 1 or word in done.out + done.err
+
+
+def test_layers_with_brackets_in_their_names_are_reported(
+    here: pathlib.Path, qcompile: Command
+) -> None:
+    model = graph(CHAIN)
+    model.graph[0].name = "[red]layers[/b]"
+    model.graph[0].outputs[0].name = "layers[conv]"
+    execute.save(model, here / "odd.onnx")
+    done = qcompile("odd.onnx", *WITH_DATA, "-o", "result", "-v")
+    assert done.code == 0
+    assert "[red]layers[/b]" in done.out
+
+
+def test_diff_has_its_codes_as_a_process(here: pathlib.Path) -> None:
+    assert process("diff", "m.onnx", "m.onnx", cwd=here).code == 0
+    assert process("diff", "m.onnx", "gone.onnx", cwd=here).code == 2
+
+
+def test_every_pass_is_listed_and_explained(qcompile: Command) -> None:
+    listed = qcompile("passes")
+    assert listed.code == 0
+    for name in registry.passes():
+        assert name in listed.out
+        explained = qcompile("passes", name)
+        assert explained.code == 0 and "options: " in explained.out
+    for name, text in recipes.RECIPES.items():
+        assert f"@{name}" in listed.out
+        assert qcompile("passes", f"@{name}").out.strip() == text
+
+
+def test_every_target_is_listed_and_explained(qcompile: Command) -> None:
+    listed = qcompile("targets")
+    assert listed.code == 0
+    for name in registry.targets():
+        assert name in listed.out
+        explained = qcompile("targets", name)
+        assert explained.code == 0 and "weights: " in explained.out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("passes", "quantise"), "unknown pass 'quantise'; did you mean 'quantize'?"),
+        (("targets", "ort"), "unknown target 'ort'; did you mean 'ort-cpu'?"),
+        (("passes", "@int9"), "did you mean 'int8'?"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest(
+    qcompile: Command, words: Sequence[str], says: str
+) -> None:
+    done = qcompile(*words)
+    assert done.code == 1
+    assert says in done.err
+
+
+def test_help_names_every_command(qcompile: Command) -> None:
+    done = qcompile("--help")
+    assert done.code == 0
+    for word in ("diff", "passes", "targets", "fetch", "--calib", "--passes", "--target"):
+        assert word in done.out
+
+
+def test_capture_and_cli_agree_on_what_a_model_is(here: pathlib.Path, qcompile: Command) -> None:
+    assert qcompile(*TINY, "--passes", "simplify", "--allow-float").code == 0
+    written = capture(here / "result" / "model.onnx")
+    assert [n.op_type for n in written.graph] == ["MatMul", "Add", "Relu", "MatMul"]
+
+
+def test_a_model_that_declares_a_wrong_shape_compiles_without_a_traceback(here: pathlib.Path) -> None:
+    model = proto(CHAIN.replace("float[2,4] y", "float[2,7] y"))
+    (here / "wrong.onnx").write_bytes(model.SerializeToString())
+    done = process("wrong.onnx", *WITH_DATA, "-o", "result", cwd=here)
+    assert done.code == 0, done.err
+    assert "Shape inference failed" not in done.err
