@@ -24,6 +24,7 @@ from qcompile.backends.base import (
 )
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
+from qcompile.spec import TensorSpec
 
 UINT8 = IntFormat(8, signed=False)
 
@@ -138,6 +139,63 @@ def channels_of_four(low: Lowering) -> int:
         layer.input.read_from(padded)
         count += 1
     return count
+
+
+def gemm_alone(low: Lowering) -> int:
+    """Write a Gemm whose weight alone is quantized as MatMul and Add, with the weight as [K, N].
+
+    The runtime has a kernel for MatMul with packed weights; in front of a Gemm it would dequantize
+    them on every run.
+    """
+    count = 0
+    for layer in list(low.decided()):
+        entered = layer.input.spec if layer.input else None
+        if layer.node.op_type != "Gemm" or entered is not None or layer.weight.spec is None:
+            continue
+        _to_matmul(low, layer, layer.weight.spec)
+        count += 1
+    if count:
+        low.layers = list(graph.layers(low.model))
+    return count
+
+
+def _to_matmul(low: Lowering, layer: Layer, decided: TensorSpec) -> None:
+    weight = layer.weight.value
+    if graph.attribute(layer.node, "transB", 0):
+        weight = _turned(low.model, weight)
+        arrays = {"scale": decided.scale, "zero_point": decided.zero_point, "codes": decided.codes}
+        known = low.model.graph.initializers
+        decided = dataclasses.replace(
+            decided,
+            axis=None if decided.axis is None else 1 - decided.axis,
+            **{k: _turned(low.model, known[n]).name or "" for k, n in arrays.items() if n},
+        )
+    product = graph.insert(
+        low.model, "MatMul", [layer.node.inputs[0], weight],
+        output=f"{layer.output.name}/product", before=layer.node, like=layer.output,
+    )  # fmt: skip
+    matmul = product.producer()
+    assert matmul is not None
+    result = product
+    if layer.bias is not None:
+        result = graph.insert(
+            low.model, "Add", [product, layer.bias.value],
+            output=f"{layer.output.name}/biased", behind=product, like=layer.output,
+        )  # fmt: skip
+    graph.redirect(low.model, layer.output, result, keep=lambda _: False)
+    graph.fuse(matmul, layer.node)
+    Use(matmul, 1).decide(decided)
+    layer.weight.decide(None)
+    graph.remove_dead(low.model)
+
+
+def _turned(model: ir.Model, value: ir.Value) -> ir.Value:
+    """A matrix transposed, as a new constant; a scale a tensor or a channel has nothing to turn."""
+    array = graph.constant(value)
+    if array.ndim != 2:
+        return value
+    tensor = ir.Tensor(np.ascontiguousarray(array.T), dtype=value.dtype)
+    return graph.add_constant(model, f"{value.name}/turned", tensor)
 
 
 def weights(low: Lowering) -> int:
@@ -313,6 +371,7 @@ DIALECT = rules(
     keep_float,
     bias_range,
     channels_of_four,
+    gemm_alone,
     weights,
     inputs,
     conv_output,

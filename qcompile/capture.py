@@ -147,6 +147,10 @@ def _repair(model: ir.Model) -> ir.Model:
         raise CaptureError(f"the model is broken: {found[0]}")
     for layer in graph.layers(model):
         graph.set_origins(layer.node, [layer.name])
+        # Inference knows no types behind an operator of another domain; a layer has one type.
+        for value in (layer.weight.value, layer.input and layer.input.value, layer.output):
+            if value is not None and value.type is None and layer.weight.value.dtype is not None:
+                value.type = ir.TensorType(layer.weight.value.dtype)
     return model
 
 

@@ -108,6 +108,18 @@ def test_shapes_are_inferred() -> None:
     assert [graphs.shape_of(n.outputs[0]) for n in model.graph] == [(2, 8), (2, 8), (2, 8), (2, 4)]
 
 
+def test_a_layer_behind_an_unknown_operator_has_a_type() -> None:
+    model = proto("""(float[2,8] x) => (float[2,3] y) <float[8,8] w, float[8,3] v> {
+        h = MatMul(x, w) g = Gelu(h) y = MatMul(g, v) }""")
+    model.graph.node[1].domain = "com.microsoft"
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    captured = capture(model)
+    assert [layer.input.value.dtype for layer in graphs.layers(captured) if layer.input] == [
+        ir.DataType.FLOAT,
+        ir.DataType.FLOAT,
+    ]
+
+
 def test_every_layer_is_its_own_origin() -> None:
     model = graph(CHAIN)
     assert {n.name: graphs.origins(n) for n in model.graph if graphs.origins(n)} == {

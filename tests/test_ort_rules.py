@@ -63,6 +63,7 @@ def test_every_rule_has_a_test_here_and_a_reason() -> None:
         "keep-float",
         "bias-range",
         "channels-of-four",
+        "gemm-alone",
         "weights",
         "inputs",
         "conv-output",
@@ -237,6 +238,31 @@ def test_channels_of_four_leaves_what_fits_groups_and_float_inputs(
     source: str, passes: str
 ) -> None:
     assert act(source, "channels-of-four", passes)[:2] == (0, [])
+
+
+# -- gemm-alone ----------------------------------------------------------------------------------
+
+GEMM_ALONE = """(float[2,8] x) => (float[2,4] y) <float[4,8] w, float[4] b> {
+    y = Gemm<transB=1>(x, w, b) }"""
+
+
+def test_gemm_alone_writes_matmul_and_add_with_the_weight_turned() -> None:
+    count, changed, low = act(GEMM_ALONE, "gemm-alone", lowering.WEIGHT_ONLY)
+    assert count == 1
+    assert changed == [
+        "-w %w: f32[4,8]",
+        "+w %w/turned: f32[8,4]",
+        "-w %y/range: f32[2]",
+        "-%y: f32[2,4] = Gemm(%x, %w{int8 axis=0}, %b) {transB=1}",
+        "+%y/product: f32[2,4] = MatMul(%x, %w/turned{int8 axis=1})",
+        "+%y: f32[2,4] = Add(%y/product, %b)",
+    ]
+    assert [layer.node.op_type for layer in low.layers] == ["MatMul"]
+
+
+def test_gemm_alone_leaves_a_gemm_with_a_quantized_input() -> None:
+    count, changed, _ = act(GEMM_ALONE, "gemm-alone")
+    assert (count, changed) == (0, [])
 
 
 # -- weights ------------------------------------------------------------------------------------
