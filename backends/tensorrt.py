@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
-from qcompile import calibrate, execute, graph
+from qcompile import execute, graph, sources
 from qcompile.backends import trt_plan, trt_rules
 from qcompile.backends.base import Ran, Rule, Target, float_in_file, together, why_float
 from qcompile.backends.trt_build import Answer, Request
@@ -108,7 +108,7 @@ def profile(model: ir.Model, calibration: Calibration | None) -> dict[str, list[
     Raises TargetError if there is a dynamic dimension and no data.
     """
     shapes: dict[str, list[list[int]]] = {}
-    for wanted in calibrate.inputs_of(model):
+    for wanted in sources.inputs_of(model):
         if None in wanted.shape:
             if calibration is None:
                 raise TargetError(f"{wanted} is dynamic: give --calib, whose shapes bound it")

@@ -18,8 +18,10 @@ from qcompile.pipeline import Context, Pass, Stats
 class Set(Pass):
     """Decide anew the layers that ``layer`` (globs over node names and operator types) matches.
 
-    ``weight`` and ``input`` are formats, ``float``, or ``keep`` for what is decided already. Raises
-    PassError if a glob matches no layer.
+    ``weight`` and ``input`` are formats, ``float``, or ``keep`` for what is decided already; a
+    float weight makes its input float as well, since no kernel takes only a quantized input.
+    ``input`` of a product of two activations is that of both. Raises PassError if a glob matches
+    no layer, or for ``weight=float`` beside a quantized ``input``.
     """
 
     name: ClassVar[str] = "set"
@@ -36,6 +38,8 @@ class Set(Pass):
     def __post_init__(self) -> None:
         if not self.layer:
             raise PassError("set needs layer=GLOB")
+        if self.weight == "float" and self.input not in ("float", "keep"):
+            raise PassError("a quantized input needs a quantized weight: no kernel takes only one")
         for form in (self.weight, self.input):
             if form not in ("float", "keep"):
                 numerics.parse_format(form)
@@ -51,10 +55,12 @@ class Set(Pass):
         for layer in chosen:
             if self.weight == "float":
                 layer.weight.decide(None)
-            if layer.input is not None and self.input == "float":
-                layer.input.decide(None)
-            elif layer.input is not None and self.input != "keep":
-                decide_input(layer.input, self.input)
+            uses = [layer.input, layer.weight] if layer.kind == "attention" else [layer.input]
+            for use in uses:
+                if use is not None and "float" in (self.input, self.weight):
+                    use.decide(None)
+                elif use is not None and self.input != "keep":
+                    decide_input(use, self.input)
         if self.weight not in ("float", "keep"):
             weighted = [layer for layer in chosen if graph.is_constant(layer.weight.value)]
             how = Quantize(self.weight, "float", self.granularity, self.block, self.method)

@@ -7,8 +7,8 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from qcompile.calibrate import Sample
 from qcompile.execute import Session
+from qcompile.sources import Sample
 
 
 @dataclasses.dataclass(frozen=True)

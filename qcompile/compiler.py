@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import onnx_ir as ir
 
 from qcompile import (
     bench,
-    calibrate,
     capture,
     execute,
+    folders,
     graph,
     pipeline,
     recipes,
     registry,
     report,
     simulate,
+    sources,
     syntax,
     text,
 )
 from qcompile.backends.base import Target
-from qcompile.calibrate import Calibration, Data
+from qcompile.calibrate import Calibration
 from qcompile.errors import CalibrationError, PassError, QCompileError, RequirementError
 from qcompile.pipeline import Context, Pass, Step, Watch
 from qcompile.report import Report
+from qcompile.sources import Data
 
 # Below this the compiled model is hardly the same model; the report says so in red.
 POOR_DB = 10.0
@@ -48,7 +47,7 @@ class Options:
     """How to compile; every field is an option of the command line.
 
     * ``passes``: pipeline text or ``@recipe``; ``targets``: target texts.
-    * ``calib``: a source (see calibrate.load) or an iterable of samples.
+    * ``calib``: a source (see sources.load) or an iterable of samples.
     * ``allow_float``: accept a result in which nothing is quantized.
     * ``print_after``: pass names (or ``all``) after which the graph is printed;
       ``print_changes``: print the changed lines of every pass; ``snapshots``: a folder for the
@@ -109,6 +108,7 @@ class Compiler:
         if least is not None and not 0 <= least <= 100:
             raise QCompileError(f"--require-fused is a percentage from 0 to 100, got {least:g}")
         self.options = options
+        self._findings: list[str] = []
         self.text = recipes.expand(options.passes)
         self.passes = pipeline.parse(self.text, registry.passes())
         self.targets = [parse_target(t) for t in options.targets]
@@ -130,16 +130,17 @@ class Compiler:
 
     def run(self, source: Any, out: pathlib.Path) -> list[Compiled]:
         """Compile ``source`` into ``out``."""
-        check_writable(out)
+        folders.check(out)
         model = capture.capture(source)
         reference = model.clone()
+        self._findings = [f"the model as captured: {f}" for f in graph.findings(model)]
         calibration = self._calibration(model)
         shared, forked = pipeline.fork(self.passes)
         context = self._context(calibration, reference, self.targets[0])
         judge = simulate.Judge(reference, calibration.judges) if calibration else None
         steps = pipeline.run(model, shared, context, self._watch(judge, self.targets[0]))
         results: list[Compiled] = []
-        with appearing(out) as folder:
+        with folders.appearing(out) as folder:
             for target in self.targets:
                 place = folder / target.name if len(self.targets) > 1 else folder
                 place.mkdir(exist_ok=True)
@@ -243,7 +244,7 @@ class Compiler:
             size=size,
             latency=latency,
             simulated_against_run=apart,
-            warnings=tuple(warnings),
+            warnings=(*self._findings, *warnings),
         )
 
     def _context(
@@ -265,7 +266,7 @@ class Compiler:
                     "--calib random)"
                 )
             return None
-        data: Data = calibrate.load(options.calib, calibrate.inputs_of(model), options.seed)
+        data: Data = sources.load(options.calib, sources.inputs_of(model), options.seed)
         return Calibration(data, options.progress)
 
     def _watch(self, judge: simulate.Judge | None, target: Target) -> Watch:
@@ -346,41 +347,6 @@ def stamp(
         },
         sort_keys=True,
     )
-
-
-def check_writable(out: pathlib.Path) -> None:
-    """Raise QCompileError if ``out`` cannot become our folder."""
-    if out.is_file():
-        raise QCompileError(f"{str(out)!r} is a file; name a folder to write")
-    if out.is_dir() and any(out.iterdir()) and not list(out.rglob("report.json")):
-        raise QCompileError(
-            f"the folder {str(out)!r} holds files that qcompile did not write; name another"
-        )
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        raise QCompileError(f"cannot write into {str(parent)!r}")
-
-
-@contextlib.contextmanager
-def appearing(out: pathlib.Path) -> Generator[pathlib.Path]:
-    """A folder beside ``out`` that becomes ``out`` when the block ends well, and else goes."""
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if out.exists():
-            old = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=parent))
-            os.replace(out, old / "old")
-            os.replace(scratch, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _warnings(

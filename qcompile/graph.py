@@ -199,6 +199,8 @@ def select(model: ir.Model, globs: Sequence[str], option: str) -> list[Layer]:
     Raises PassError for a glob that matches nothing, naming the nearest layer.
     """
     known = list(layers(model))
+    if globs and not known:
+        raise PassError(f"{option}={','.join(globs)} matches no layer: the model has none")
     for glob in globs:
         if not any(matches(layer.node, glob) for layer in known):
             names = [layer.name for layer in known]

@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from qcompile import execute, spec
 from qcompile.backends.base import Target
-from qcompile.calibrate import Sample
 from qcompile.execute import Session
+from qcompile.sources import Sample
 
 Array = npt.NDArray[Any]
 

@@ -1,5 +1,6 @@
 """The stable text form of a graph, and the changed lines between two.
 
+    opset onnx 21
     graph (%image: f32[batch,1,28,28]) -> (%logits: f32[batch,10])
     w %stem.weight: f32[16,1,3,3]
     %stem: f32[batch,16,28,28] = Conv(%image{int8}, %stem.weight{int8 axis=0}) {pads=[1,1,1,1]}
@@ -15,6 +16,7 @@ import difflib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompile import graph, spec
@@ -28,7 +30,8 @@ _TYPES = {
 
 def render(model: ir.Model, weights: bool = False) -> str:
     """The graph as text, one line a node; ``weights`` adds a digest of each initializer."""
-    return "\n".join(_graph(model.graph, weights, "")) + "\n"
+    opsets = ", ".join(f"{d or 'onnx'} {v}" for d, v in sorted(model.opset_imports.items()))
+    return "\n".join([f"opset {opsets}", *_graph(model.graph, weights, "")]) + "\n"
 
 
 def changes(before: str, after: str) -> list[str]:
@@ -92,7 +95,9 @@ def _attribute(attr: ir.Attr, weights: bool) -> str:
         return f"@{attr.ref_attr_name}"
     value: Any = attr.value
     if attr.type == ir.AttributeType.FLOAT:
-        return f"{value:.6g}"
+        return str(np.float32(value))
+    if attr.type == ir.AttributeType.FLOATS:
+        return f"[{','.join(str(np.float32(v)) for v in value)}]"
     if attr.type == ir.AttributeType.TENSOR:
         digest = f" #{graph.tensor_digest(value)[:12]}" if weights else ""
         return f"{value.dtype.name.lower()}{list(value.shape)}{digest}"

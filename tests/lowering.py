@@ -14,8 +14,9 @@ import onnx_ir as ir
 from qcompile import compiler, execute, graph, pipeline, registry
 from qcompile.backends.base import Lowering, Ran, Rule, Target
 from qcompile.backends.onnxruntime import OrtCpu
-from qcompile.calibrate import Calibration, Data, Sample
+from qcompile.calibrate import Calibration
 from qcompile.pipeline import Context
+from qcompile.sources import Data, Sample
 
 Array = npt.NDArray[Any]
 

@@ -12,9 +12,10 @@ import pytest
 import qcompile
 from qcompile import execute, graph, pipeline, registry, simulate, spec
 from qcompile.backends.onnxruntime import OrtCpu
-from qcompile.calibrate import Calibration, Data
+from qcompile.calibrate import Calibration
 from qcompile.errors import PassError
 from qcompile.graph import Use
+from qcompile.sources import Data
 from qcompile.spec import TensorSpec
 
 SHARED = """(float[2,32] x, float[2,32] z) => (float[2,16] a, float[2,16] b) <float[32,16] w> {

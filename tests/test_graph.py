@@ -11,9 +11,10 @@ from graphs import CHAIN, CONV, GEMM, LINEAR, assert_same_function, graph, node,
 
 from qcompile import execute, spec, text
 from qcompile import graph as graphs
-from qcompile.calibrate import Calibration, Data
+from qcompile.calibrate import Calibration
 from qcompile.errors import PassError, VerifyError
 from qcompile.graph import Layer
+from qcompile.sources import Data
 from qcompile.spec import TensorSpec
 
 DEPTHWISE = """(float[1,4,5,5] x) => (float[1,4,3,3] y) <float[4,1,3,3] w> {

@@ -9,13 +9,14 @@ from graphs import CHAIN, CONV, GEMM, LINEAR, Array, assert_same_function, graph
 
 from qcompile import execute, numerics, pipeline, registry, spec, text
 from qcompile import graph as graphs
-from qcompile.calibrate import Calibration, Data
+from qcompile.calibrate import Calibration
 from qcompile.errors import CalibrationError, PassError
 from qcompile.numerics import IntFormat, RangeMethod
 from qcompile.passes.calibrate import Calibrate
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.set import Set
 from qcompile.pipeline import Context, Pass, Stats
+from qcompile.sources import Data
 from qcompile.spec import TensorSpec
 
 ATTENTION = """(float[2,4,8] q, float[2,8,6] k) => (float[2,4,6] y) { y = MatMul(q, k) }"""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from qcompile import graph as graphs
 from qcompile import pipeline, recipes, registry, simulate, spec
-from qcompile.calibrate import Calibration, Data
+from qcompile.calibrate import Calibration
 from qcompile.compiler import parse_target
 from qcompile.errors import (
     PassError,
@@ -32,6 +32,7 @@ from qcompile.passes.quantize import Quantize
 from qcompile.passes.simplify import Simplify
 from qcompile.passes.smooth_hadamard import SmoothHadamard
 from qcompile.pipeline import Context, Pass, Stats, Step, Watch
+from qcompile.sources import Data
 from qcompile.spec import TensorSpec
 
 PASSES = registry.passes()

@@ -19,9 +19,10 @@ from qcompile import compiler
 from qcompile.backends import trt_build, trt_plan
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.backends.tensorrt import CAPABILITIES, TensorRtRtx, profile
-from qcompile.calibrate import Calibration, Data
+from qcompile.calibrate import Calibration
 from qcompile.errors import QCompileError, TargetError
 from qcompile.models import fashion
+from qcompile.sources import Data
 
 pytest.importorskip("tensorrt_rtx")
 

@@ -31,6 +31,7 @@ def test_the_form_is_one_line_a_node() -> None:
         y = Gemm<transB = 1>(p, w) }""")
     spec.write(model.graph[2], 1, TensorSpec("int8", axis=0))
     assert text.render(model).splitlines() == [
+        "opset onnx 21",
         "graph (%x: f32[batch,1,5,5]) -> (%y: f32[batch,4])",
         "w %s: i64[2]",
         "w %w: f32[4,25]",
@@ -42,6 +43,7 @@ def test_the_form_is_one_line_a_node() -> None:
 
 def test_bodies_are_indented_below_their_node() -> None:
     assert text.render(graph(BRANCHES)).splitlines() == [
+        "opset onnx 21",
         "graph (%c: bool[1], %x: f32[batch,4]) -> (%y: f32[batch,4])",
         "w %w: f32[4,4]",
         "%k: bool[] = Squeeze(%c)",

@@ -28,8 +28,9 @@ from rich.table import Table
 
 import qcompile
 from qcompile import capture, compiler, execute, pipeline, registry, report, simulate
-from qcompile.calibrate import Calibration, Sample, inputs_of, load
+from qcompile.calibrate import Calibration
 from qcompile.models import fashion
+from qcompile.sources import Sample, inputs_of, load
 
 Array = npt.NDArray[Any]
 FACTORIES = "qcompile.models.public"
