@@ -154,26 +154,29 @@ class Lowering:
 
         ``wide`` stores codes of fewer bits in 8, which integer kernels want beside an int8 input.
         """
-        initializers = self.model.graph.initializers
-        form = numerics.parse_format(decided.format)
-        scale = graph.constant(initializers[decided.scale]).astype(np.float32)
-        zero = np.zeros(scale.shape, np.int32)
-        if decided.zero_point:
-            zero = numerics.unpack(_tensor(initializers[decided.zero_point]))
-        grid = Grid(form, scale, zero, decided.axis, decided.block)
+        codes, grid = self.codes(use.value, decided)
         value = use.value
         key = (value, repr((decided, wide)).encode())
         if key not in self._pairs:
-            if decided.codes:
-                codes = numerics.unpack(_tensor(initializers[decided.codes]))
-            else:
-                codes = grid.quantize(graph.constant(value).astype(np.float32))
-            stored = IntFormat(8, form.signed) if wide else form
+            stored = IntFormat(8, grid.format.signed) if wide else grid.format
             self._pairs[key] = self._dequantize_weight(value, codes, grid, stored)
             self._grids[self._pairs[key]] = grid
         use.read_from(self._pairs[key])
         self.weight_grids[use.node] = grid
         return grid
+
+    def codes(self, weight: ir.Value, decided: TensorSpec) -> tuple[numerics.Codes, Grid]:
+        """The codes of ``weight``, as fitted or else rounded to the nearest, and their grid."""
+        initializers = self.model.graph.initializers
+        scale = graph.constant(initializers[decided.scale]).astype(np.float32)
+        zero = np.zeros(scale.shape, np.int32)
+        if decided.zero_point:
+            zero = numerics.unpack(_tensor(initializers[decided.zero_point]))
+        form = numerics.parse_format(decided.format)
+        grid = Grid(form, scale, zero, decided.axis, decided.block)
+        if decided.codes:
+            return numerics.unpack(_tensor(initializers[decided.codes])), grid
+        return grid.quantize(graph.constant(weight).astype(np.float32)), grid
 
     def _dequantize_weight(
         self, value: ir.Value, codes: numerics.Codes, grid: Grid, stored: IntFormat

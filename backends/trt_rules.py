@@ -7,6 +7,9 @@ itself. What the hardware has no fast int8 kernel for stays float, and says why.
 
 from __future__ import annotations
 
+import numpy as np
+import onnx_ir as ir
+
 from qcompile import graph, numerics
 from qcompile.backends.base import Lowering, activation_range, no_dialect_holds, rules
 from qcompile.graph import Layer, Use
@@ -62,6 +65,77 @@ def _why_float(low: Lowering, layer: Layer) -> str:
     return ""
 
 
+def centre(low: Lowering) -> int:
+    """Move a lopsided input of a linear layer to the middle of its range, exactly.
+
+    ``W x + b = W (x - c) + (b + c sum(W))``, with ``c`` the middle of the range and the sum over
+    the inputs of each output. A symmetric grid on ``x - c`` has no unused half: behind a GELU
+    nearly one bit is won. ``W`` is the rounded weight, so that the two constant parts cancel, as
+    with the zero point that this runtime refuses. The subtraction is fused with the quantization;
+    the rest is folded into the bias.
+    """
+    count = 0
+    moved: dict[ir.Value, tuple[ir.Value, float]] = {}
+    for layer in list(low.decided()):
+        entered = layer.input
+        if layer.kind != "linear" or entered is None or entered.spec is None:
+            continue
+        found = activation_range(low.model, entered.value)
+        if found is None or not _lopsided(*found) or not _bias_can_move(layer):
+            continue
+        x = entered.value
+        if x not in moved:
+            middle = float(np.float32((found[0] + found[1]) / 2))
+            constant = graph.add_constant(
+                low.model, f"{x.name}/middle", np.array(middle, np.float32)
+            )
+            centred = graph.insert(
+                low.model, "Sub", [x, constant], output=f"{x.name}/centred", behind=x, like=x
+            )
+            graph.set_range(low.model, centred, found[0] - middle, found[1] - middle)
+            moved[x] = centred, middle
+        _add_to_bias(low, layer, moved[x][1])
+        entered.read_from(moved[x][0])
+        count += 1
+    return count
+
+
+def _lopsided(low: float, high: float) -> bool:
+    """Whether a symmetric grid would leave more than an eighth of its codes unused."""
+    return high - low < 0.875 * 2 * max(abs(low), abs(high))
+
+
+def _bias_can_move(layer: Layer) -> bool:
+    """Whether a constant can be added to what the layer writes without touching its scaling."""
+    scaled = any(graph.attribute(layer.node, name, 1.0) != 1.0 for name in ("alpha", "beta"))
+    return not scaled and (layer.bias is None or graph.is_constant(layer.bias.value))
+
+
+def _add_to_bias(low: Lowering, layer: Layer, middle: float) -> None:
+    assert layer.weight.spec is not None
+    codes, grid = low.codes(layer.weight.value, layer.weight.spec)
+    weight = grid.dequantize(codes)
+    moved = middle * weight.astype(np.float64).sum(axis=layer.reduce_axis)
+    if layer.bias is not None:
+        bias = graph.constant(layer.bias.value)
+        array = (bias + moved).astype(bias.dtype)
+        name = f"{layer.bias.value.name}/moved"
+        layer.bias.read_from(graph.add_constant(low.model, name, array))
+        return
+    constant = graph.add_constant(low.model, f"{layer.name}/bias", moved.astype(weight.dtype))
+    if layer.node.op_type == "Gemm":
+        if len(layer.node.inputs) < 3:
+            layer.node.resize_inputs(3)
+        layer.node.replace_input_with(2, constant)
+        return
+    biased = graph.insert(
+        low.model, "Add", [layer.output, constant],
+        output=f"{layer.output.name}/biased", behind=layer.output, like=layer.output,
+    )  # fmt: skip
+    add = biased.producer()
+    graph.redirect(low.model, layer.output, biased, keep=lambda use: use.node is add)
+
+
 def weights(low: Lowering) -> int:
     """Store weights as symmetric int8 (int4 where only the weight is quantized, and the format has
     at most 4 bits), dequantized in place.
@@ -83,8 +157,10 @@ def inputs(low: Lowering) -> int:
         for use in uses:
             if use is None or use.spec is None or low.grid_of(use.value) is not None:
                 continue
-            count += _quantize(low, use)
-            low.input_grids[layer.node] = INPUT
+            grid = _quantize(low, use)
+            if grid is not None:
+                low.input_grids[layer.node] = grid
+                count += 1
     return count
 
 
@@ -109,20 +185,19 @@ def residual(low: Lowering) -> int:
             continue
         identity = sides[0] if behind[-1].index == 1 else sides[1]
         if low.grid_of(identity.value) is None:
-            count += _quantize(low, identity)
+            count += _quantize(low, identity) is not None
     return count
 
 
-def _quantize(low: Lowering, use: Use) -> int:
+def _quantize(low: Lowering, use: Use) -> Grid | None:
+    """Make ``use`` read its value on a symmetric int8 grid, which is returned; None if no range."""
     found = activation_range(low.model, use.value)
     if found is None:
-        return 0
+        return None
     scale, zero = numerics.affine(*found, INT8, symmetric=True)
-    use.read_from(low.pair(use.value, Grid(INT8, scale, zero)))
-    return 1
+    grid = Grid(INT8, scale, zero)
+    use.read_from(low.pair(use.value, grid))
+    return grid
 
 
-# Marks a layer as quantized; the rules of this dialect need no scale of it later.
-INPUT = Grid(INT8, *numerics.affine(-1.0, 1.0, INT8, symmetric=True))
-
-DIALECT = rules(keep_float, weights, inputs, residual)
+DIALECT = rules(keep_float, centre, weights, inputs, residual)

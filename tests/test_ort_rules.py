@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import graphs
 import lowering
 import numpy as np
 import onnx_ir as ir
@@ -80,7 +81,6 @@ def test_every_rule_has_a_test_here_and_a_reason() -> None:
 # -- keep-float ---------------------------------------------------------------------------------
 
 BLOCKS = "simplify,calibrate,quantize{granularity=block}"
-HALF_INPUT = "simplify,calibrate,quantize,set{layer=y weight=float}"
 
 
 @pytest.mark.parametrize(
@@ -123,11 +123,6 @@ HALF_INPUT = "simplify,calibrate,quantize,set{layer=y weight=float}"
             BLOCKS,
             "a scale a block",
         ),
-        (
-            "(float[N,8] x) => (float[N,4] y) <float[8,4] w> { y = MatMul(x, w) }",
-            HALF_INPUT,
-            "needs a quantized weight",
-        ),
     ],
 )
 def test_keep_float_takes_back_the_decision_and_says_why(
@@ -166,6 +161,16 @@ def test_keep_float_leaves_other_types_in_float() -> None:
 def test_keep_float_leaves_what_has_a_kernel(source: str) -> None:
     count, changed, _ = act(source, "keep-float")
     assert (count, changed) == (0, [])
+
+
+def test_keep_float_leaves_a_quantized_input_without_a_quantized_weight() -> None:
+    model = graphs.graph(graphs.LINEAR)
+    lowering.decide(model)
+    [layer] = graph.layers(model)
+    layer.weight.decide(None)
+    ort_rules.keep_float(Lowering(model))
+    assert layer.input is not None and layer.input.spec is None
+    assert layer.node.metadata_props[graph.REASON] == "a quantized input needs a quantized weight"
 
 
 # -- bias-range ---------------------------------------------------------------------------------

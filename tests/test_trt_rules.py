@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import graphs
 import lowering
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompile import graph, spec, text
+from qcompile import execute, graph, simulate, spec, text
 from qcompile.backends import trt_rules
 from qcompile.backends.base import Lowering
 from qcompile.backends.tensorrt import TensorRtRtx
@@ -55,7 +56,7 @@ def act(source: str, rule: str, passes: str = lowering.DECIDE) -> tuple[int, lis
 
 def test_every_rule_has_a_test_here_and_a_reason() -> None:
     names = [rule.name for rule in trt_rules.DIALECT]
-    assert names == ["keep-float", "weights", "inputs", "residual"]
+    assert names == ["keep-float", "centre", "weights", "inputs", "residual"]
     tests = "\n".join(globals())
     for rule in trt_rules.DIALECT:
         assert len(rule.why) > 40
@@ -103,11 +104,6 @@ def test_every_rule_has_a_test_here_and_a_reason() -> None:
             "simplify,calibrate,quantize{granularity=block weight=int4}",
             "a scale a block",
         ),
-        (
-            "(float[N,16] x) => (float[N,16] y) <float[16,16] w> { y = MatMul(x, w) }",
-            "simplify,calibrate,quantize,set{layer=y weight=float}",
-            "needs a quantized weight",
-        ),
     ],
 )
 def test_keep_float_takes_back_the_decision_and_says_why(
@@ -141,6 +137,57 @@ def test_keep_float_leaves_half_a_product_of_activations_in_float() -> None:
 )
 def test_keep_float_leaves_what_is_faster_in_int8(source: str) -> None:
     assert act(source, "keep-float")[:2] == (0, [])
+
+
+# -- centre -------------------------------------------------------------------------------------
+
+POSITIVE = """(float[4,32] x) => (float[4,16] y) <float[32,32] w, float[32,16] v, float[16] b> {
+    h = MatMul(x, w)
+    r = Relu(h)
+    m = MatMul(r, v)
+    y = Add(m, b)
+}"""
+
+
+def test_centre_moves_a_lopsided_input_into_the_bias() -> None:
+    count, changed, _ = act(POSITIVE, "centre")
+    assert count == 1
+    assert [line for line in changed if line[1] == "%"] == [
+        "-%m: f32[4,16] = MatMul(%r{int8 asymmetric}, %v{int8 axis=1})",
+        "-%y: f32[4,16] = Add(%m, %b)",
+        "+%r/centred: f32[4,32] = Sub(%r, %r/middle)",
+        "+%m: f32[4,16] = MatMul(%r/centred{int8 asymmetric}, %v{int8 axis=1})",
+        "+%y: f32[4,16] = Add(%m, %b/moved)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        POSITIVE,
+        POSITIVE.replace("m = MatMul(r, v)\n    y = Add(m, b)", "y = MatMul(r, v)"),
+        POSITIVE.replace("m = MatMul(r, v)\n    y = Add(m, b)", "y = Gemm(r, v, b)"),
+        POSITIVE.replace("m = MatMul(r, v)\n    y = Add(m, b)", "y = Gemm(r, v)"),
+    ],
+)
+def test_centre_lowers_the_error_with_any_bias(source: str) -> None:
+    model = lowering.graph_of(source)
+    reference = model.clone()
+    calibration = lowering.decide(model)
+    plain = model.clone()
+    low, other = Lowering(model), Lowering(plain)
+    for step in trt_rules.DIALECT:
+        step.apply(low)
+        if step.name != "centre":
+            step.apply(other)
+    judge = simulate.Judge(reference, calibration.judges)
+    with_rule, without = (judge.worst(execute.Session(m)) for m in (model, plain))
+    assert with_rule > without + 1
+
+
+def test_centre_leaves_what_is_nearly_symmetric() -> None:
+    count, changed, _ = act(graphs.LINEAR.replace("8", "32").replace("3", "16"), "centre")
+    assert (count, changed) == (0, [])
 
 
 # -- weights ------------------------------------------------------------------------------------
