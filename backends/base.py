@@ -159,11 +159,17 @@ class Lowering:
         key = (value, repr((decided, wide)).encode())
         if key not in self._pairs:
             stored = IntFormat(8, grid.format.signed) if wide else grid.format
-            self._pairs[key] = self._dequantize_weight(value, codes, grid, stored)
+            scale = self.model.graph.initializers[decided.scale]
+            self._pairs[key] = self._dequantize_weight(value, codes, grid, stored, scale)
             self._grids[self._pairs[key]] = grid
         use.read_from(self._pairs[key])
         self.weight_grids[use.node] = grid
         return grid
+
+    def lies_on(self, value: ir.Value, grid: Grid | None) -> None:
+        """Say that ``value``, the output of a DequantizeLinear of a rule, lies on ``grid``."""
+        if grid is not None:
+            self._grids[value] = grid
 
     def codes(self, weight: ir.Value, decided: TensorSpec) -> tuple[numerics.Codes, Grid]:
         """The codes of ``weight``, as fitted or else rounded to the nearest, and their grid."""
@@ -179,12 +185,17 @@ class Lowering:
         return grid.quantize(graph.constant(weight).astype(np.float32)), grid
 
     def _dequantize_weight(
-        self, value: ir.Value, codes: numerics.Codes, grid: Grid, stored: IntFormat
+        self,
+        value: ir.Value,
+        codes: numerics.Codes,
+        grid: Grid,
+        stored: IntFormat,
+        scale: ir.Value,
     ) -> ir.Value:
         name = value.name or "weight"
         inputs = [
             graph.add_constant(self.model, f"{name}/codes", numerics.pack(codes, stored, "")),
-            graph.add_constant(self.model, f"{name}/scale", grid.scale),
+            scale,
             self._zero_point(name, grid, stored),
         ]
         attributes: dict[str, int] = {}

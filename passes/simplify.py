@@ -26,6 +26,7 @@ class Simplify(Pass):
     * A weight or bias of a layer that stands behind Transpose, Reshape, Cast, ... becomes one
       initializer. Large weights of layers that need nothing are not read.
     * A bias of a Conv that is all zeros goes.
+    * A ReduceMean over all spatial axes becomes a GlobalAveragePool, which has an integer form.
     * A Reshape whose computed shape is known, up to dimensions that it keeps, gets a constant
       shape.
     * A Pad with zeros, whose only reader is a Conv, becomes the padding of that Conv; a Pad by
@@ -58,6 +59,7 @@ class Simplify(Pass):
             if not graph.constant(bias.value).any():
                 layer.node.resize_inputs(2)
                 biases += 1
+        pools = sum(_to_pool(node) for node in list(model.graph))
         reshapes = sum(_fix_shape(model, node) for node in list(model.graph))
         pads = sum(_absorb_pad(model, node) for node in list(model.graph) if node.op_type == "Pad")
         graph.remove_dead(model)
@@ -65,9 +67,27 @@ class Simplify(Pass):
             "nodes": before - model.graph.num_nodes(),
             "weights": folded,
             "zero biases": biases,
+            "pools": pools,
             "reshapes": reshapes,
             "pads": pads,
         }
+
+
+def _to_pool(node: ir.Node) -> bool:
+    """Make a ReduceMean over the spatial axes of [N, C, ...] a GlobalAveragePool, in place."""
+    entered = node.inputs[0] if node.op_type == "ReduceMean" and node.inputs else None
+    rank = graph.rank_of(entered) if entered is not None else None
+    if rank is None or rank < 3 or not graph.attribute(node, "keepdims", 1):
+        return False
+    axes = graph.attribute(node, "axes", None)
+    if axes is None and len(node.inputs) > 1 and node.inputs[1] is not None:
+        axes = graph.constant(node.inputs[1]) if graph.is_constant(node.inputs[1]) else None
+    if axes is None or sorted(int(a) % rank for a in axes) != list(range(2, rank)):
+        return False
+    node.op_type = "GlobalAveragePool"
+    node.attributes.clear()
+    node.resize_inputs(1)
+    return True
 
 
 def _fix_shape(model: ir.Model, node: ir.Node) -> bool:

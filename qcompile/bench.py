@@ -31,7 +31,7 @@ def interleaved(
     again: Session,
     compiled: Session,
     samples: Sequence[Sample],
-    rounds: int = 30,
+    rounds: int = 60,
 ) -> Latency:
     """Run the three sessions in turn ``rounds`` times (after a warm-up) and compare.
 

@@ -63,10 +63,10 @@ def test_every_rule_has_a_test_here_and_a_reason() -> None:
     assert names == [
         "keep-float",
         "bias-range",
-        "channels-of-four",
         "gemm-alone",
         "weights",
         "inputs",
+        "channels-of-four",
         "conv-output",
         "between",
         "int32-bias",
@@ -182,8 +182,8 @@ def test_bias_range_widens_the_scale_of_the_channel_that_would_overflow() -> Non
     assert (count, changed) == (1, ["+w %w/scale.1: f32[4]"])
     [layer] = low.layers
     before = graph.constant(low.model.graph.initializers["w/scale"])
-    after = graph.constant(low.model.graph.initializers["w/scale.1"])
-    assert layer.weight.spec is not None and layer.weight.spec.scale == "w/scale.1"
+    after = graph.constant(low.model.graph.initializers["w/scale"])
+    assert layer.weight.spec is not None and layer.weight.spec.scale == "w/scale"
     np.testing.assert_array_equal(after[[0, 2, 3]], before[[0, 2, 3]])
     assert layer.input is not None
     found = graph.range_of(low.model, layer.input.value)
@@ -218,12 +218,19 @@ def test_channels_of_four_pads_a_stem_with_zeros() -> None:
     count, changed, low = act(STEM, "channels-of-four")
     assert count == 1
     assert nodes(changed) == [
-        "-%y: f32[N,8,6,6] = Conv(%x{int8 asymmetric}, %w{int8 axis=0})",
-        "+%x/padded: f32[N,4,8,8] = Pad(%x, %x/pads)",
-        "+%y: f32[N,8,6,6] = Conv(%x/padded{int8 asymmetric}, %w/padded{int8 axis=0})",
+        "+%x/dequantized/padded: u8[N,4,8,8] = "
+        "Pad(%x/quantized, %x/dequantized/pads, %x/zero_point)",
+        "-%y: f32[N,8,6,6] = Conv(%x/dequantized{int8 asymmetric}, %w/dequantized{int8 axis=0})",
+        "+%w/dequantized/wide: f32[8,4,3,3] = "
+        "DequantizeLinear(%w/dequantized/padded, %w/scale, %w/zero_point) {axis=0}",
+        "+%x/dequantized/wide: f32[N,4,8,8] = "
+        "DequantizeLinear(%x/dequantized/padded, %x/scale, %x/zero_point)",
+        "+%y: f32[N,8,6,6] = "
+        "Conv(%x/dequantized/wide{int8 asymmetric}, %w/dequantized/wide{int8 axis=0})",
     ]
-    padded = graph.constant(low.layers[0].weight.value)
-    np.testing.assert_array_equal(padded[:, :3], graph.constant(low.model.graph.initializers["w"]))
+    arrays = low.model.graph.initializers
+    padded = graph.constant(arrays["w/dequantized/padded"])
+    np.testing.assert_array_equal(padded[:, :3], graph.constant(arrays["w/codes"]))
     assert not padded[:, 3:].any()
 
 
@@ -278,10 +285,9 @@ def test_weights_become_signed_codes_behind_a_dequantize() -> None:
     assert count == 1
     assert changed == [
         "+w %w/codes: i8[8,4,3,3]",
-        "+w %w/scale.1: f32[8]",
         "+w %w/zero_point: i8[8]",
         "-%c: f32[N,8,6,6] = Conv(%x{int8 asymmetric}, %w{int8 axis=0}, %b)",
-        "+%w/dequantized: f32[8,4,3,3] = DequantizeLinear(%w/codes, %w/scale.1, %w/zero_point)"
+        "+%w/dequantized: f32[8,4,3,3] = DequantizeLinear(%w/codes, %w/scale, %w/zero_point)"
         " {axis=0}",
         "+%c: f32[N,8,6,6] = Conv(%x{int8 asymmetric}, %w/dequantized{int8 axis=0}, %b)",
     ]
@@ -494,7 +500,7 @@ def test_int32_bias_has_the_scale_of_the_products() -> None:
         " %b/dequantized)",
     ]
     arrays = {n: graph.constant(v) for n, v in low.model.graph.initializers.items()}
-    np.testing.assert_array_equal(arrays["b/scale"], arrays["x/scale"] * arrays["w/scale.1"])
+    np.testing.assert_array_equal(arrays["b/scale"], arrays["x/scale"] * arrays["w/scale"])
     # Rounded to the nearest whole step.
     stored = arrays["b/codes"] * arrays["b/scale"].astype(np.float64)
     assert (np.abs(stored - arrays["b"]) <= 0.5001 * arrays["b/scale"]).all()

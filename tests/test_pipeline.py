@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import pathlib
 from typing import ClassVar
 
@@ -453,13 +454,11 @@ def test_randomness_depends_on_the_seed_and_the_key_only() -> None:
     assert tuple(ctx.rng("a").standard_normal(4)) == draws[1, "a"]
 
 
-def square(number: int) -> int:
-    return number * number
-
-
 def test_map_is_in_order_whatever_the_number_of_jobs() -> None:
-    found = [Context(jobs=jobs).map(square, range(20), "squares") for jobs in (1, 2)]
-    assert found[0] == found[1] == [n * n for n in range(20)]
+    # A function of a library, because worker processes cannot import this file.
+    numbers = [math.factorial(n) for n in range(20)]
+    found = [Context(jobs=jobs).map(math.isqrt, numbers, "roots") for jobs in (1, 2)]
+    assert found[0] == found[1] == [math.isqrt(n) for n in numbers]
 
 
 def test_a_pass_that_reads_data_says_how_to_give_it() -> None:
