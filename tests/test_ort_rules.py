@@ -182,8 +182,8 @@ def test_bias_range_widens_the_scale_of_the_channel_that_would_overflow() -> Non
     assert (count, changed) == (1, ["+w %w/scale.1: f32[4]"])
     [layer] = low.layers
     before = graph.constant(low.model.graph.initializers["w/scale"])
-    after = graph.constant(low.model.graph.initializers["w/scale"])
-    assert layer.weight.spec is not None and layer.weight.spec.scale == "w/scale"
+    after = graph.constant(low.model.graph.initializers["w/scale.1"])
+    assert layer.weight.spec is not None and layer.weight.spec.scale == "w/scale.1"
     np.testing.assert_array_equal(after[[0, 2, 3]], before[[0, 2, 3]])
     assert layer.input is not None
     found = graph.range_of(low.model, layer.input.value)

@@ -525,3 +525,35 @@ def test_outliers_cost_less_after_a_rotation() -> None:
     before = error("x")
     run(model, SmoothHadamard(block=32))
     assert error("x/rotated") < before / 4
+
+
+# -- simplify: pools ----------------------------------------------------------------------------
+
+MEAN = """(float[N,3,4,5] x) => (float[N,3,1,1] y) <int64[2] axes = {2, -1}> {
+    y = ReduceMean<keepdims=1>(x, axes)
+}"""
+
+
+def test_simplify_makes_a_mean_over_space_a_pool() -> None:
+    before = graph(MEAN)
+    model = before.clone()
+    assert changed(model, Simplify()) == [
+        "-w %axes: i64[2]",
+        "-%y: f32[N,3,1,1] = ReduceMean(%x, %axes) {keepdims=1}",
+        "+%y: f32[N,3,1,1] = GlobalAveragePool(%x)",
+    ]
+    assert_same_function(before, model)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        MEAN.replace("{2, -1}", "{1, 2}").replace("[N,3,1,1]", "[N,1,1,5]"),
+        MEAN.replace("keepdims=1", "keepdims=0").replace("[N,3,1,1]", "[N,3]"),
+        MEAN.replace("{2, -1}", "{1, 2, 3}")
+        .replace("int64[2]", "int64[3]")
+        .replace("3,1,1", "1,1,1"),
+    ],
+)
+def test_simplify_leaves_a_mean_over_other_axes(source: str) -> None:
+    assert changed(graph(source), Simplify()) == []
