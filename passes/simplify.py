@@ -59,7 +59,7 @@ class Simplify(Pass):
             if not graph.constant(bias.value).any():
                 layer.node.resize_inputs(2)
                 biases += 1
-        pools = sum(_to_pool(node) for node in list(model.graph))
+        pools = sum(_to_pool(model, node) for node in list(model.graph))
         reshapes = sum(_fix_shape(model, node) for node in list(model.graph))
         pads = sum(_absorb_pad(model, node) for node in list(model.graph) if node.op_type == "Pad")
         graph.remove_dead(model)
@@ -73,20 +73,35 @@ class Simplify(Pass):
         }
 
 
-def _to_pool(node: ir.Node) -> bool:
-    """Make a ReduceMean over the spatial axes of [N, C, ...] a GlobalAveragePool, in place."""
+def _to_pool(model: ir.Model, node: ir.Node) -> bool:
+    """Make a ReduceMean over the spatial axes of [N, C, ...] a GlobalAveragePool."""
     entered = node.inputs[0] if node.op_type == "ReduceMean" and node.inputs else None
     rank = graph.rank_of(entered) if entered is not None else None
-    if rank is None or rank < 3 or not graph.attribute(node, "keepdims", 1):
+    if entered is None or rank is None or rank < 3:
         return False
     axes = graph.attribute(node, "axes", None)
     if axes is None and len(node.inputs) > 1 and node.inputs[1] is not None:
         axes = graph.constant(node.inputs[1]) if graph.is_constant(node.inputs[1]) else None
     if axes is None or sorted(int(a) % rank for a in axes) != list(range(2, rank)):
         return False
-    node.op_type = "GlobalAveragePool"
+    keeps = graph.attribute(node, "keepdims", 1)
     node.attributes.clear()
     node.resize_inputs(1)
+    node.op_type = "GlobalAveragePool"
+    if keeps:
+        return True
+    name = node.outputs[0].name
+    pooled = graph.insert(
+        model, "GlobalAveragePool", [entered], output=f"{name}/pooled", behind=entered
+    )
+    pooled.type = entered.type
+    if entered.shape is not None:
+        pooled.shape = ir.Shape([*list(entered.shape)[:2], *(1,) * (rank - 2)])
+    spatial = graph.add_constant(model, f"{name}/axes", np.arange(2, rank, dtype=np.int64))
+    node.op_type = "Squeeze"
+    node.resize_inputs(2)
+    node.replace_input_with(0, pooled)
+    node.replace_input_with(1, spatial)
     return True
 
 

@@ -545,11 +545,23 @@ def test_simplify_makes_a_mean_over_space_a_pool() -> None:
     assert_same_function(before, model)
 
 
+def test_simplify_squeezes_behind_a_pool_without_kept_dimensions() -> None:
+    before = graph(MEAN.replace("keepdims=1", "keepdims=0").replace("[N,3,1,1]", "[N,3]"))
+    model = before.clone()
+    assert changed(model, Simplify()) == [
+        "-w %axes: i64[2]",
+        "-%y: f32[N,3] = ReduceMean(%x, %axes) {keepdims=0}",
+        "+w %y/axes: i64[2]",
+        "+%y/pooled: f32[N,3,1,1] = GlobalAveragePool(%x)",
+        "+%y: f32[N,3] = Squeeze(%y/pooled, %y/axes)",
+    ]
+    assert_same_function(before, model)
+
+
 @pytest.mark.parametrize(
     "source",
     [
         MEAN.replace("{2, -1}", "{1, 2}").replace("[N,3,1,1]", "[N,1,1,5]"),
-        MEAN.replace("keepdims=1", "keepdims=0").replace("[N,3,1,1]", "[N,3]"),
         MEAN.replace("{2, -1}", "{1, 2, 3}")
         .replace("int64[2]", "int64[3]")
         .replace("3,1,1", "1,1,1"),
