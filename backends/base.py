@@ -145,6 +145,40 @@ class Lowering:
         spec.clear(layer.node)
         layer.node.metadata_props[graph.REASON] = reason
 
+    def exclude(self, why: Callable[[Layer], str]) -> int:
+        """Keep float what no dialect holds, and what ``why`` gives a reason for; how many."""
+        count = 0
+        for layer in list(self.decided()):
+            reason = no_dialect_holds(self.model, layer) or why(layer)
+            if reason:
+                self.keep_float(layer, reason)
+                count += 1
+        return count
+
+    def store_weights(self) -> int:
+        """Replace every decided weight by its codes (8 bits beside a quantized input); how many."""
+        count = 0
+        for layer in self.decided():
+            if layer.kind != "attention" and layer.weight.spec is not None:
+                beside = layer.input is not None and layer.input.spec is not None
+                self.weight(layer.weight, layer.weight.spec, wide=beside)
+                count += 1
+        return count
+
+    def store_inputs(self, grid_for: Callable[[tuple[float, float]], Grid]) -> int:
+        """Put a pair in front of every decided activation, on the grid of its range; how many."""
+        count = 0
+        for layer in self.decided():
+            uses = [layer.input, layer.weight] if layer.kind == "attention" else [layer.input]
+            for use in uses:
+                found = None if use is None else activation_range(self.model, use.value)
+                if use is None or use.spec is None or found is None:
+                    continue
+                self.input_grids[layer.node] = grid_for(found)
+                use.read_from(self.pair(use.value, self.input_grids[layer.node]))
+                count += 1
+        return count
+
     def grid_of(self, value: ir.Value) -> Grid | None:
         """The grid that ``value``, the output of a DequantizeLinear of ours, lies on."""
         return self._grids.get(value)
@@ -317,15 +351,22 @@ def absorbed(value: ir.Value) -> ir.Value:
     return value
 
 
-def no_dialect_holds(layer: Layer) -> str:
+def no_dialect_holds(model: ir.Model, layer: Layer) -> str:
     """Why no dialect of Q/DQ pairs runs ``layer`` in integers; "" if nothing stands against it."""
     uses = [use for use in (layer.input, layer.weight) if use is not None]
     for use in uses:
         if use.value.dtype not in (ir.DataType.FLOAT, None):
             return f"a layer of {use.value.dtype.name.lower()}: Q/DQ pairs are for float32 only"
-    decided = layer.weight.spec
-    if decided is not None and decided.block is not None and layer.input and layer.input.spec:
+    entered, decided = layer.input.spec if layer.input else None, layer.weight.spec
+    if layer.kind == "attention" and (entered is None or decided is None):
+        return "a product of two activations needs both of them quantized"
+    if decided is None:
+        return "a quantized input needs a quantized weight"
+    if entered is not None and decided.block is not None:
         return "no kernel multiplies a quantized input with weights that have a scale a block"
+    for use in uses:
+        if use.spec and use.spec.range and activation_range(model, use.value) is None:
+            return f"no range for {use.value.name!r}: calibrate it"
     return ""
 
 

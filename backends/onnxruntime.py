@@ -16,6 +16,16 @@ from qcompile.backends.base import Ran, Rule, Target, float_in_file, together, w
 if TYPE_CHECKING:
     from qcompile.calibrate import Calibration
 
+# What the runtime's optimizer turns a layer into, and the precision that it multiplies in.
+INTEGER_KERNELS = {
+    "QLinearConv": "int8", "QLinearMatMul": "int8", "QGemm": "int8", "MatMulIntegerToFloat": "int8",
+    "MatMulInteger": "int8", "ConvInteger": "int8", "DynamicQuantizeMatMul": "int8",
+    "MatMulNBits": "int4 weights",
+}  # fmt: skip
+FLOAT_KERNELS = frozenset(
+    ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose", "Gather")
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class OrtCpu(Target):
@@ -66,8 +76,8 @@ def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
     reasons = {o: why_float(n, missed) for n in lowered.graph for o in graph.origins(n)}
     found: dict[str, Ran] = {}
     for node in optimized.graph.all_nodes():
-        precision = ort_rules.INTEGER_KERNELS.get(node.op_type)
-        if precision is None and node.op_type not in ort_rules.FLOAT_KERNELS:
+        precision = INTEGER_KERNELS.get(node.op_type)
+        if precision is None and node.op_type not in FLOAT_KERNELS:
             continue
         if node.op_type == "MatMulNBits":
             precision = f"int{graph.attribute(node, 'bits', 4)} weights"

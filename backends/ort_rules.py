@@ -19,7 +19,6 @@ from qcompile.backends.base import (
     Lowering,
     absorbed,
     activation_range,
-    no_dialect_holds,
     rules,
 )
 from qcompile.graph import Layer, Use
@@ -34,33 +33,26 @@ def keep_float(low: Lowering) -> int:
     alpha, beta or a bias that differs from row to row, MatMul of a vector, block scales beside a
     quantized input, and what is not float32.
     """
-    count = 0
-    for layer in list(low.decided()):
-        node = layer.node
-        scaled = (
-            graph.attribute(node, "alpha", 1.0) != 1.0 or graph.attribute(node, "beta", 1.0) != 1.0
-        )
-        reason = no_dialect_holds(layer)
-        if reason:
-            low.keep_float(layer, reason)
-        elif layer.kind == "conv-transpose":
-            low.keep_float(layer, "no int8 kernel for ConvTranspose")
-        elif node.op_type == "Gemm" and (scaled or graph.attribute(node, "transA", 0)):
-            low.keep_float(layer, "no int8 kernel for Gemm with transA, alpha or beta")
-        elif node.op_type == "MatMul" and layer.input and graph.rank_of(layer.input.value) == 1:
-            low.keep_float(layer, "no int8 kernel for a vector times a matrix")
-        elif node.op_type == "Gemm" and _by_row(layer):
-            low.keep_float(layer, "no int8 kernel for Gemm with a bias that differs by row")
-        elif layer.kind == "attention" and not (
-            layer.input and layer.input.spec and layer.weight.spec
-        ):
-            low.keep_float(layer, "a product of two activations needs both of them quantized")
-        elif layer.kind != "attention" and layer.weight.spec is None:
-            low.keep_float(layer, "a quantized input needs a quantized weight")
-        else:
-            continue
-        count += 1
-    return count
+    return low.exclude(lambda layer: _why_float(low, layer))
+
+
+def _why_float(low: Lowering, layer: Layer) -> str:
+    node = layer.node
+    if layer.kind == "conv-transpose":
+        return "no int8 kernel for ConvTranspose"
+    if node.op_type == "Gemm":
+        scaled = any(graph.attribute(node, name, 1.0) != 1.0 for name in ("alpha", "beta"))
+        if scaled or graph.attribute(node, "transA", 0):
+            return "no int8 kernel for Gemm with transA, alpha or beta"
+        if _by_row(layer):
+            return "no int8 kernel for Gemm with a bias that differs by row"
+    if node.op_type == "MatMul" and layer.input and graph.rank_of(layer.input.value) == 1:
+        return "no int8 kernel for a vector times a matrix"
+    if layer.kind in ("conv", "depthwise") and layer.input and layer.input.spec:
+        value = absorbed(layer.output)
+        if activation_range(low.model, value) is None:
+            return f"no range for its output {value.name!r}: calibrate it"
+    return ""
 
 
 def _by_row(layer: Layer) -> bool:
@@ -158,37 +150,15 @@ def _turned(model: ir.Model, value: ir.Value) -> ir.Value:
 
 
 def weights(low: Lowering) -> int:
-    """Store weights as signed codes (unsigned ones are 2.5 times slower), dequantized in place.
-
-    Beside a quantized input they take 8 bits whatever their format, because no kernel multiplies
-    int8 with narrower codes; alone, those of up to 4 bits are packed.
+    """Store weights as signed codes (uint8 ones are 2.5 times slower): int8 beside a quantized
+    input, else in as few bits as there are.
     """
-    count = 0
-    for layer in low.decided():
-        if layer.kind == "attention" or layer.weight.spec is None:
-            continue
-        beside = layer.input is not None and layer.input.spec is not None
-        low.weight(layer.weight, layer.weight.spec, wide=beside)
-        count += 1
-    return count
+    return low.store_weights()
 
 
 def inputs(low: Lowering) -> int:
     """Give each quantized input a uint8 grid with its own zero point."""
-    count = 0
-    for layer in low.decided():
-        uses = [layer.input, layer.weight] if layer.kind == "attention" else [layer.input]
-        for use in uses:
-            if use is None or use.spec is None or low.grid_of(use.value) is not None:
-                continue
-            grid = _input_grid(low, use)
-            if grid is None:
-                low.keep_float(layer, f"no range for {use.value.name!r}: calibrate it")
-                continue
-            low.input_grids[layer.node] = grid
-            use.read_from(low.pair(use.value, grid))
-            count += 1
-    return count
+    return low.store_inputs(lambda found: unsigned(*found))
 
 
 def channels_of_four(low: Lowering) -> int:
@@ -263,9 +233,7 @@ def conv_output(low: Lowering) -> int:
             continue
         value = absorbed(layer.output)
         found = activation_range(low.model, value)
-        if found is None:
-            low.keep_float(layer, f"no range for its output {value.name!r}: calibrate it")
-            continue
+        assert found is not None  # keep-float saw to it
         low.pair_for_all(value, unsigned(*found))
         count += 1
     return count
@@ -398,14 +366,4 @@ DIALECT = rules(
     between,
     int32_bias,
     matmul_bias,
-)
-
-# What the runtime's optimizer turns a layer into, and the precision that it multiplies in.
-INTEGER_KERNELS = {
-    "QLinearConv": "int8", "QLinearMatMul": "int8", "QGemm": "int8", "MatMulIntegerToFloat": "int8",
-    "MatMulInteger": "int8", "ConvInteger": "int8", "DynamicQuantizeMatMul": "int8",
-    "MatMulNBits": "int4 weights",
-}  # fmt: skip
-FLOAT_KERNELS = frozenset(
-    ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose", "Gather")
 )

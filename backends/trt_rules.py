@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile import graph, numerics
-from qcompile.backends.base import Lowering, activation_range, no_dialect_holds, rules
+from qcompile.backends.base import Lowering, activation_range, rules
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
 
@@ -26,33 +26,19 @@ def keep_float(low: Lowering) -> int:
     (a first Conv excepted), Gemm with a transposed input, block scales beside a quantized input
     (the builder is suspected to apply them once a channel), and what is not float32.
     """
-    count = 0
-    for layer in list(low.decided()):
-        reason = _why_float(low, layer)
-        if reason:
-            low.keep_float(layer, reason)
-            count += 1
-    return count
+    return low.exclude(_why_float)
 
 
-def _why_float(low: Lowering, layer: Layer) -> str:
-    unheld = no_dialect_holds(layer)
-    if unheld:
-        return unheld
+def _why_float(layer: Layer) -> str:
     if layer.kind == "depthwise":
         return "TensorRT has no fast int8 kernel for a depthwise Conv"
     if layer.kind == "conv-transpose":
         return "TensorRT runs ConvTranspose in float"
     if graph.attribute(layer.node, "transA", 0):
         return "a Gemm with a transposed input stays float"
-    if layer.kind != "attention" and layer.weight.spec is None:
-        return "a quantized input needs a quantized weight"
-    if layer.kind == "attention":
-        both = layer.input is not None and layer.input.spec and layer.weight.spec
-        return "" if both else "a product of two activations needs both of them quantized"
     shape = graph.shape_of(layer.weight.value)
-    if shape is None or layer.input is None:
-        return "the shape of the weight is not known"
+    if layer.kind == "attention" or shape is None or layer.input is None:
+        return ""
     first = layer.input.value.is_graph_input()
     outs, ins = shape[layer.channel_axis], shape[layer.reduce_axis]
     if layer.kind == "conv":
@@ -137,31 +123,13 @@ def _add_to_bias(low: Lowering, layer: Layer, middle: float) -> None:
 
 
 def weights(low: Lowering) -> int:
-    """Store weights as symmetric int8 (int4 where only the weight is quantized, and the format has
-    at most 4 bits), dequantized in place.
-    """
-    count = 0
-    for layer in low.decided():
-        if layer.kind != "attention" and layer.weight.spec is not None:
-            beside = layer.input is not None and layer.input.spec is not None
-            low.weight(layer.weight, layer.weight.spec, wide=beside)
-            count += 1
-    return count
+    """Store weights as symmetric int8 beside a quantized input; alone in 4 bits if they fit."""
+    return low.store_weights()
 
 
 def inputs(low: Lowering) -> int:
     """Give each quantized input a symmetric int8 grid: the larger end of its range over 127."""
-    count = 0
-    for layer in low.decided():
-        uses = [layer.input, layer.weight] if layer.kind == "attention" else [layer.input]
-        for use in uses:
-            if use is None or use.spec is None or low.grid_of(use.value) is not None:
-                continue
-            grid = _quantize(low, use)
-            if grid is not None:
-                low.input_grids[layer.node] = grid
-                count += 1
-    return count
+    return low.store_inputs(lambda found: symmetric(*found))
 
 
 def residual(low: Lowering) -> int:
@@ -184,20 +152,17 @@ def residual(low: Lowering) -> int:
         if not behind or any(graph.is_constant(side.value) for side in sides):
             continue
         identity = sides[0] if behind[-1].index == 1 else sides[1]
-        if low.grid_of(identity.value) is None:
-            count += _quantize(low, identity) is not None
+        found = activation_range(low.model, identity.value)
+        if found is not None and low.grid_of(identity.value) is None:
+            identity.read_from(low.pair(identity.value, symmetric(*found)))
+            count += 1
     return count
 
 
-def _quantize(low: Lowering, use: Use) -> Grid | None:
-    """Make ``use`` read its value on a symmetric int8 grid, which is returned; None if no range."""
-    found = activation_range(low.model, use.value)
-    if found is None:
-        return None
-    scale, zero = numerics.affine(*found, INT8, symmetric=True)
-    grid = Grid(INT8, scale, zero)
-    use.read_from(low.pair(use.value, grid))
-    return grid
+def symmetric(low: float, high: float) -> Grid:
+    """The int8 grid of a range with zero point 0."""
+    scale, zero = numerics.affine(low, high, INT8, symmetric=True)
+    return Grid(INT8, scale, zero)
 
 
 DIALECT = rules(keep_float, centre, weights, inputs, residual)

@@ -26,7 +26,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from qcompile import execute, graph
+from qcompile import execute, graph, verify
 from qcompile.errors import CaptureError
 
 # The names that torch's exporter makes up, such as val_12.
@@ -142,7 +142,7 @@ def _repair(model: ir.Model) -> ir.Model:
     except Exception as error:  # whatever an odd model makes these raise, it is the model's fault
         raise CaptureError(f"the model cannot be repaired: {error}") from error
     graph.remove_dead(model)
-    found = graph.findings(model)
+    found = verify.findings(model)
     if any(" reads " in f or "two values" in f or "written by nothing" in f for f in found):
         raise CaptureError(f"the model is broken: {found[0]}")
     for layer in graph.layers(model):

@@ -26,6 +26,7 @@ from qcompile import (
     sources,
     syntax,
     text,
+    verify,
 )
 from qcompile.backends.base import Target
 from qcompile.calibrate import Calibration
@@ -133,7 +134,7 @@ class Compiler:
         folders.check(out)
         model = capture.capture(source)
         reference = model.clone()
-        self._findings = [f"the model as captured: {f}" for f in graph.findings(model)]
+        self._findings = [f"the model as captured: {f}" for f in verify.findings(model)]
         calibration = self._calibration(model)
         shared, forked = pipeline.fork(self.passes)
         context = self._context(calibration, reference, self.targets[0])

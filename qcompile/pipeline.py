@@ -20,7 +20,7 @@ import networkx as nx
 import numpy as np
 import onnx_ir as ir
 
-from qcompile import graph, spec, syntax, text
+from qcompile import graph, spec, syntax, text, verify
 from qcompile.errors import PassError, QCompileError, VerifyError
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ def run(
     """
     watch = watch or Watch()
     steps: list[Step] = []
-    known = graph.findings(model)
+    known = verify.findings(model)
     ids = {o for node in model.graph for o in graph.origins(node)}
     sqnr = watch.measure(model) if watch.measure and passes else None
     before = text.render(model, weights=True)
@@ -291,7 +291,7 @@ def run(
         seconds = time.perf_counter() - started
         if watch.verify:
             try:
-                graph.verify(model, known, ids)
+                verify.verify(model, known, ids)
             except VerifyError as error:
                 raise VerifyError(f"pass {step} broke the graph: {error}") from error
         after = text.render(model, weights=True)

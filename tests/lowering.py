@@ -11,7 +11,7 @@ import graphs
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile import compiler, execute, graph, pipeline, registry
+from qcompile import compiler, execute, pipeline, registry, verify
 from qcompile.backends.base import Lowering, Ran, Rule, Target
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.calibrate import Calibration
@@ -82,7 +82,7 @@ def lower(
     reference = model.clone()
     calibration = decide(model, passes, samples)
     target.lower(model)
-    graph.verify(model)
+    verify.verify(model)
     folder.mkdir(parents=True, exist_ok=True)
     target.emit(model, folder, calibration)
     return Lowered(reference, model, calibration, folder, target.prove(model, folder))

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from graphs import CHAIN, LINEAR, graph, outputs, proto, samples
 
-from qcompile import execute, text
+from qcompile import execute, text, verify
 from qcompile import graph as graphs
 from qcompile.capture import NEWEST_OPSET, OLDEST_OPSET, capture, load_object
 from qcompile.errors import CaptureError
@@ -317,7 +317,7 @@ def test_torch_keeps_batch_norm_module_paths_and_the_function(torch_model: tuple
         "layers.1.conv/Conv",
         "head/Gemm",
     ]
-    assert graphs.findings(model) == []
+    assert verify.findings(model) == []
     [name] = [v.name for v in model.graph.inputs]
     [found] = outputs(model, {name or "": example.numpy()}).values()
     # Two runtimes sum in different orders.

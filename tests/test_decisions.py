@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 import qcompile
-from qcompile import execute, graph, pipeline, registry, simulate, spec
+from qcompile import execute, graph, pipeline, registry, simulate, spec, verify
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.calibrate import Calibration
 from qcompile.errors import PassError
@@ -93,7 +93,7 @@ def test_a_tied_embedding_carries_two_decisions() -> None:
         "int8 axis=0",
         "int4 axis=0 block=32",
     )
-    graph.verify(model)
+    verify.verify(model)
     TARGET.lower(model)
     types = [v.dtype for v in model.graph.initializers.values() if v.name in weights_of(model)]
     assert sorted(t.name for t in types if t) == ["INT4", "INT8"]
@@ -117,7 +117,7 @@ def test_a_layer_split_in_two_keeps_its_origin_and_runs_as_its_worst_part(
     graph.set_origins(part, graph.origins(layer.node))
     Use(layer.node, 0).read_from(inner)
     layer.weight.read_from(right)
-    graph.verify(model, origin_ids=["y"])
+    verify.verify(model, origin_ids=["y"])
     calibration = Calibration(Data("test", graphs.samples(model, 10)))
     context = pipeline.Context(calibration=calibration, target=TARGET)
     text = f"calibrate,quantize{{exclude={part.name}}},insert-qdq"
@@ -142,7 +142,7 @@ def test_a_fused_pair_stands_for_both_layers(tmp_path: pathlib.Path) -> None:
     graph.redirect(model, second.output, output, keep=lambda _: False)
     graph.fuse(fused, first.node, second.node)
     graph.remove_dead(model)
-    graph.verify(model, origin_ids=[first.name, second.name])
+    verify.verify(model, origin_ids=[first.name, second.name])
     calibration = Calibration(Data("test", graphs.samples(model, 10)))
     context = pipeline.Context(calibration=calibration, target=TARGET)
     pipeline.run(model, pipeline.parse("calibrate,quantize,insert-qdq", registry.passes()), context)
@@ -157,7 +157,7 @@ def test_a_fused_pair_stands_for_both_layers(tmp_path: pathlib.Path) -> None:
 def test_a_lost_layer_is_noticed() -> None:
     model = graphs.graph(graphs.LINEAR)
     with pytest.raises(Exception, match="the captured layer 'gone' is lost"):
-        graph.verify(model, origin_ids=["gone"])
+        verify.verify(model, origin_ids=["gone"])
 
 
 def test_an_impossible_order_names_the_pair_and_one_that_works() -> None:
@@ -177,7 +177,7 @@ def test_decisions_survive_clone_save_and_load(tmp_path: pathlib.Path) -> None:
         assert [la.weight.spec for la in graph.layers(other)] == [
             la.weight.spec for la in graph.layers(model)
         ]
-        graph.verify(other)
+        verify.verify(other)
 
 
 def test_dead_code_removal_keeps_what_a_spec_names() -> None:
@@ -187,7 +187,7 @@ def test_dead_code_removal_keeps_what_a_spec_names() -> None:
     assert scale in model.graph.initializers
     del model.graph.initializers[scale]
     with pytest.raises(Exception, match="which is lost"):
-        graph.verify(model)
+        verify.verify(model)
 
 
 def test_two_targets_from_one_run_get_opposite_dialects(tmp_path: pathlib.Path) -> None:

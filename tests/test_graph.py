@@ -9,10 +9,10 @@ import onnx_ir as ir
 import pytest
 from graphs import CHAIN, CONV, GEMM, LINEAR, assert_same_function, graph, node, outputs, samples
 
-from qcompile import execute, spec, text
+from qcompile import execute, spec, text, verify
 from qcompile import graph as graphs
 from qcompile.calibrate import Calibration
-from qcompile.errors import PassError, VerifyError
+from qcompile.errors import PassError
 from qcompile.graph import Layer
 from qcompile.sources import Data
 from qcompile.spec import TensorSpec
@@ -240,7 +240,7 @@ def test_redirect_keeps_the_name_of_an_output() -> None:
     graphs.remove_dead(model)
     assert [v.name for v in model.graph.outputs] == ["y"]
     assert [n.op_type for n in model.graph] == ["Neg"]
-    graphs.verify(model)
+    verify.verify(model)
 
 
 def test_fuse_unites_the_origins() -> None:
@@ -299,59 +299,6 @@ def test_a_range_is_an_initializer_and_is_overwritten() -> None:
     assert sorted(model.graph.initializers) == ["w", "x/range"]
     graphs.clear_ranges(model)
     assert graphs.range_of(model, x) is None
-
-
-# -- verification -------------------------------------------------------------------------------
-
-
-def test_a_sound_graph_has_no_findings() -> None:
-    for source in (LINEAR, GEMM, CONV, CHAIN, DEPTHWISE, TRANSPOSED, ATTENTION, EMBEDDING):
-        assert graphs.findings(graph(source)) == []
-
-
-def reads_later(model: ir.Model) -> None:
-    model.graph[0].replace_input_with(0, model.graph[2].outputs[0])
-
-
-def renamed_twice(model: ir.Model) -> None:
-    model.graph[1].outputs[0].name = "h"
-
-
-def no_writer(model: ir.Model) -> None:
-    model.graph.outputs[0] = ir.Value(name="lonely")
-
-
-def spec_on_nothing(model: ir.Model) -> None:
-    spec.write(model.graph[0], 7, TensorSpec("int8"))
-
-
-def wrong_shape(model: ir.Model) -> None:
-    model.graph[0].replace_input_with(1, graphs.add_constant(model, "bad", np.ones((5, 5), "f4")))
-
-
-@pytest.mark.parametrize(
-    ("damage", "finding"),
-    [
-        (reads_later, "node 'h' reads 'r' before anything writes it"),
-        (renamed_twice, "two values are named 'h'"),
-        (no_writer, "output 'lonely' is written by nothing"),
-        (spec_on_nothing, "node 'h' has a spec on input 7, which is not there"),
-        (wrong_shape, "MatMul"),
-    ],
-)
-def test_damage_is_found(damage: Any, finding: str) -> None:
-    model = graph(CHAIN)
-    damage(model)
-    with pytest.raises(VerifyError, match=finding):
-        graphs.verify(model)
-
-
-def test_known_findings_are_forgiven_and_lost_layers_are_not() -> None:
-    model = graph(CHAIN)
-    spec_on_nothing(model)
-    graphs.verify(model, graphs.findings(model), ["h", "y"])
-    with pytest.raises(VerifyError, match="the captured layer 'gone' is lost"):
-        graphs.verify(model, graphs.findings(model), ["gone"])
 
 
 def test_the_digest_tells_type_shape_and_numbers_apart() -> None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from lowering import Array
 
-from qcompile import graph, spec, text
+from qcompile import graph, spec, text, verify
 from qcompile.backends import ort_rules
 from qcompile.backends.base import Lowering
 from qcompile.backends.onnxruntime import OrtCpu
@@ -577,4 +577,4 @@ def test_lowering_leaves_no_decision_and_no_range(source: str) -> None:
     OrtCpu().lower(model)
     assert not any(spec.all_specs(node) for node in model.graph)
     assert not any(name.endswith("/range") for name in model.graph.initializers)
-    graph.verify(model)
+    verify.verify(model)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompile import execute, graph, simulate, spec, text
+from qcompile import execute, graph, simulate, spec, text, verify
 from qcompile.backends import trt_rules
 from qcompile.backends.base import Lowering
 from qcompile.backends.tensorrt import TensorRtRtx
@@ -301,7 +301,7 @@ def test_lowering_writes_nothing_that_the_parser_refuses(source: str) -> None:
     model = lowering.graph_of(source)
     lowering.decide(model)
     TensorRtRtx().lower(model)
-    graph.verify(model)
+    verify.verify(model)
     kinds = {v.dtype for v in model.graph.initializers.values()}
     assert not kinds & {ir.DataType.UINT8, ir.DataType.INT32}
     for node in model.graph:
