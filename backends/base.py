@@ -351,6 +351,9 @@ def absorbed(value: ir.Value) -> ir.Value:
     return value
 
 
+NO_RECURRENT = "a recurrent layer has no quantized form here yet"
+
+
 def no_dialect_holds(model: ir.Model, layer: Layer) -> str:
     """Why no dialect of Q/DQ pairs runs ``layer`` in integers; "" if nothing stands against it."""
     uses = [use for use in (layer.input, layer.weight) if use is not None]
@@ -358,6 +361,8 @@ def no_dialect_holds(model: ir.Model, layer: Layer) -> str:
         if use.value.dtype not in (ir.DataType.FLOAT, None):
             return f"a layer of {use.value.dtype.name.lower()}: Q/DQ pairs are for float32 only"
     entered, decided = layer.input.spec if layer.input else None, layer.weight.spec
+    if layer.kind == "recurrent":
+        return NO_RECURRENT
     if layer.kind == "attention" and (entered is None or decided is None):
         return "a product of two activations needs both of them quantized"
     if decided is None:
@@ -381,6 +386,8 @@ def why_float(node: ir.Node, otherwise: str) -> str:
     said = node.metadata_props.get(graph.REASON)
     if said:
         return said
+    if node.op_type in graph.RECURRENT:
+        return NO_RECURRENT
     return "float was asked for" if float_in_file(node) else otherwise
 
 

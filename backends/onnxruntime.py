@@ -22,9 +22,10 @@ INTEGER_KERNELS = {
     "MatMulInteger": "int8", "ConvInteger": "int8", "DynamicQuantizeMatMul": "int8",
     "MatMulNBits": "int4 weights",
 }  # fmt: skip
-FLOAT_KERNELS = frozenset(
-    ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose", "Gather")
-)
+FLOAT_KERNELS = {
+    "Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose", "Gather",
+    *graph.RECURRENT,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,8 @@ from qcompile.numerics import Floats, Grid, IntFormat, RangeMethod
 from qcompile.pipeline import Context, Pass, Stats
 from qcompile.spec import TensorSpec
 
+# The kinds of layers with one constant weight that is multiplied with an activation.
+WEIGHTED = ("conv", "depthwise", "conv-transpose", "linear")
 Granularity = Literal["tensor", "channel", "block"]
 
 
@@ -68,9 +70,7 @@ class Quantize(Pass):
         excluded = {layer.node for layer in graph.select(model, self.exclude, "exclude")}
         chosen = graph.select(model, self.include, "include") if any(graph.layers(model)) else []
         chosen = [layer for layer in chosen if layer.node not in excluded]
-        weighted = [
-            la for la in chosen if la.kind in ("conv", "depthwise", "linear", "conv-transpose")
-        ]
+        weighted = [layer for layer in chosen if layer.kind in WEIGHTED]
         if self.weight != "float":
             decide_weights(model, weighted, self, ctx)
         inputs = 0

@@ -26,9 +26,12 @@ from qcompile.spec import TensorSpec
 ORIGIN = "qcompile.origin"
 REASON = "qcompile.reason"
 ROLE = "qcompile.role"
+RECURRENT = ("LSTM", "GRU", "RNN")
 
 Array = npt.NDArray[Any]
-Kind = Literal["conv", "depthwise", "conv-transpose", "linear", "attention", "embedding"]
+Kind = Literal[
+    "conv", "depthwise", "conv-transpose", "linear", "attention", "embedding", "recurrent"
+]
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Operators that only move or relabel elements, so that a constant can be read through them.
@@ -74,7 +77,8 @@ class Layer:
 
     ``kind``: ``conv``, ``depthwise`` (one input channel a group), ``conv-transpose``, ``linear``
     (MatMul or Gemm with a constant weight), ``attention`` (MatMul of two activations),
-    ``embedding`` (Gather of rows of a constant table). ``input`` is None for an embedding;
+    ``embedding`` (Gather of rows of a constant table), ``recurrent`` (LSTM, GRU, RNN; ``weight`` is
+    that of the input, the recurrent one stands behind it). ``input`` is None for an embedding;
     ``weight`` is the second activation for ``attention``. ``bias`` is the use that adds a constant
     bias: input 2 of a Conv or Gemm, or the constant side of an Add behind a MatMul.
     """
@@ -105,7 +109,7 @@ class Layer:
     def channel_axis(self) -> int:
         """The axis of the weight that is the output channel (the row, for an embedding)."""
         rank = shape_of(self.weight.value)
-        if self.kind == "conv-transpose":
+        if self.kind in ("conv-transpose", "recurrent"):
             return 1
         if self.kind in ("conv", "depthwise", "embedding"):
             return 0
@@ -118,12 +122,27 @@ class Layer:
         """The axis of the weight that is summed over (the column, for an embedding)."""
         if self.kind == "conv-transpose":
             return 0
+        if self.kind == "recurrent":
+            return 2
         if self.kind in ("conv", "depthwise", "embedding"):
             return 1
         return 1 - self.channel_axis if self.node.op_type == "Gemm" else self.channel_axis - 1
 
+    def weight_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the constant weights: one, or two of a recurrent layer; none if unknown."""
+        uses = [self.weight]
+        if self.kind == "recurrent":
+            uses.append(Use(self.node, 2))
+        found = [shape_of(use.value) for use in uses if is_constant(use.value)]
+        return [shape for shape in found if shape is not None]
+
     def macs(self, shapes: Shapes) -> int:
         """Multiply-accumulates for values of ``shapes``; 0 for an embedding or if unknown."""
+        if self.kind == "recurrent" and self.input is not None:
+            # Input [steps, batch, width]; each weight is used once a step.
+            entered = shapes.get(self.input.value.name or "")
+            each = sum(math.prod(shape) for shape in self.weight_shapes())
+            return 0 if entered is None else entered[0] * entered[1] * each
         out = shapes.get(self.output.name or "")
         weight = shape_of(self.weight.value) or shapes.get(self.weight.value.name or "")
         if out is None or weight is None or self.kind == "embedding":
@@ -165,6 +184,10 @@ def layer_of(node: ir.Node) -> Layer | None:
             return Layer(node, "linear", Use(node, 0), Use(node, 1), _added_bias(node))
         if not is_constant(second):
             return Layer(node, "attention", Use(node, 0), Use(node, 1), None)
+    if node.op_type in RECURRENT and len(node.inputs) > 2:
+        recurrent = node.inputs[2]
+        if weight is not None and recurrent is not None and is_constant(recurrent):
+            return Layer(node, "recurrent", Use(node, 0), Use(node, 1), None)
     if node.op_type == "Gather" and attribute(node, "axis", 0) == 0 and not is_constant(second):
         table = shape_of(first)
         if is_constant(first) and table is not None and len(table) == 2 and is_float(first):

@@ -180,7 +180,7 @@ def _row(
     shape = graph.shape_of(captured.weight.value) or ()
     dtype = captured.weight.value.dtype
     itemsize = 0 if dtype is None else dtype.itemsize
-    count = math.prod(shape) if graph.is_constant(captured.weight.value) else 0
+    count = sum(math.prod(shape) for shape in captured.weight_shapes())
     weights = [part.weight.spec for part in parts if graph.is_constant(part.weight.value)]
     widths = [_bits(part, itemsize * 8.0) for part in parts]
     outputs = [sqnr[n] for part in parts if (n := part.biased_output.name or "") in sqnr]
@@ -233,7 +233,7 @@ def _stored_bytes(lowered: ir.Model) -> dict[str, int]:
     for node in lowered.graph:
         for name in graph.origins(node):
             total = 0
-            for value in node.inputs[:2]:
+            for value in node.inputs[: 3 if node.op_type in graph.RECURRENT else 2]:
                 producer = value.producer() if value is not None else None
                 parts = [value] if producer is None else []
                 if producer is not None and producer.op_type == "DequantizeLinear":
@@ -276,7 +276,7 @@ def left_alone(model: ir.Model, rows: Sequence[LayerReport]) -> list[LeftAlone]:
         elif node.domain not in ("", "ai.onnx"):
             kind = f"{node.domain}::{node.op_type}"
             found.append(LeftAlone(node.name or "", kind, 0, "a custom operator"))
-        elif node.op_type in ("LSTM", "GRU", "RNN", "Einsum", "Attention"):
+        elif node.op_type in ("Einsum", "Attention"):
             found.append(LeftAlone(node.name or "", node.op_type, 0, "no quantized form yet"))
     return found
 

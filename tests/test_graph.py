@@ -311,3 +311,14 @@ def test_the_digest_tells_type_shape_and_numbers_apart() -> None:
     digests = {graphs.tensor_digest(ir.Tensor(array)) for array in arrays}
     assert len(digests) == 4
     assert graphs.tensor_digest(ir.Tensor(arrays[0], name="a")) in digests
+
+
+LSTM = """(float[5,2,8] x) => (float[5,1,2,6] y) <float[1,24,8] w, float[1,24,6] r> {
+    y = LSTM<hidden_size=6>(x, w, r)
+}"""
+
+
+def test_a_recurrent_layer_counts_both_its_weights_at_every_step() -> None:
+    [layer] = graphs.layers(graph(LSTM))
+    assert layer.kind == "recurrent"
+    assert layer.macs({"x": (5, 2, 8)}) == 5 * 2 * 24 * (8 + 6)

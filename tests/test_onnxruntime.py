@@ -525,3 +525,17 @@ def test_shipped_models_keep_their_accuracy_in_int8(tmp_path: pathlib.Path, name
     assert result.report.share_of_macs("int8") >= 0.95
     assert result.report.share_of_macs("unknown") == 0.0
     assert json.loads((result.folder / "report.json").read_text())["share"]["macs"]["int8"] >= 0.95
+
+
+def test_a_recurrent_layer_is_left_in_float_and_counted(tmp_path: pathlib.Path) -> None:
+    source = """(float[5,2,16] x) => (float[5,1,2,16] y, float[5,2,16] z)
+    <float[1,64,16] w, float[1,64,16] r, float[16,16] v> {
+        y = LSTM<hidden_size=16>(x, w, r)
+        z = MatMul(x, v)
+    }"""
+    model = lowering.graph_of(source)
+    [result] = qcompile.compile(model, tmp_path / "out", calib=graphs.samples(model, 10))
+    assert {row.name: row.runs for row in result.report.layers} == {"y": "float", "z": "int8"}
+    assert result.report.share["macs"]["float"] > 0.8
+    [left] = result.report.left_alone
+    assert (left.name, left.reason) == ("y", "a recurrent layer has no quantized form here yet")

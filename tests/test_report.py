@@ -156,7 +156,7 @@ def test_operators_that_are_not_entered_are_named(tmp_path: pathlib.Path) -> Non
     }"""
     found = compiled(tmp_path, source)
     assert [(item.op, item.reason) for item in found.left_alone] == [
-        ("LSTM", "no quantized form yet")
+        ("LSTM", "a recurrent layer has no quantized form here yet")
     ]
 
 
