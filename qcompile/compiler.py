@@ -240,7 +240,7 @@ class Compiler:
             passes=tuple(steps),
             layers=tuple(rows),
             outputs=tuple(outputs),
-            left_alone=tuple(report.left_alone(lowered, rows)),
+            left_alone=tuple(report.left_alone(reference, rows)),
             share=report.shares(rows),
             size=size,
             latency=latency,

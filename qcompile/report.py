@@ -262,21 +262,34 @@ def _normalized(parts: dict[str, float]) -> dict[str, float]:
     return {k: v / total for k, v in sorted(parts.items()) if v} if total else {}
 
 
-def left_alone(model: ir.Model, rows: Sequence[LayerReport]) -> list[LeftAlone]:
-    """Layers that run in float, and operators that are never entered or not understood."""
+# Operators that multiply, whether or not qcompile knows their form.
+_MULTIPLY = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul", *graph.RECURRENT))
+_UNKNOWN_FORM = frozenset(("Einsum", "Attention", "DeformConv"))
+
+
+def left_alone(reference: ir.Model, rows: Sequence[LayerReport]) -> list[LeftAlone]:
+    """Layers that run in float, and what is never entered or not understood in ``reference``.
+
+    What multiplies but is no layer (a weight on the left, or computed) has no MACs here and in the
+    shares, because its form is not known.
+    """
     found = [
         LeftAlone(row.name, row.op, row.macs, row.reason)
         for row in rows
         if row.runs in ("float", "unknown")
     ]
-    for node in model.graph:
+    for node in reference.graph:
+        constant = all(v is None or graph.is_constant(v) for v in node.inputs)
         bodies = [a for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
         if bodies:
             found.append(LeftAlone(node.name or "", node.op_type, 0, "control flow is not entered"))
         elif node.domain not in ("", "ai.onnx"):
             kind = f"{node.domain}::{node.op_type}"
             found.append(LeftAlone(node.name or "", kind, 0, "a custom operator"))
-        elif node.op_type in ("Einsum", "Attention"):
+        elif node.op_type in _MULTIPLY and graph.layer_of(node) is None and not constant:
+            reason = "no constant weight where a layer of this kind has it"
+            found.append(LeftAlone(node.name or "", node.op_type, 0, reason))
+        elif node.op_type in _UNKNOWN_FORM:
             found.append(LeftAlone(node.name or "", node.op_type, 0, "no quantized form yet"))
     return found
 

@@ -148,6 +148,16 @@ def test_packed_weights_take_half_a_byte(tmp_path: pathlib.Path) -> None:
     assert layer.runs == "int4 weights"
 
 
+def test_what_multiplies_but_is_no_layer_is_named(tmp_path: pathlib.Path) -> None:
+    source = """(float[8,16] x) => (float[4,16] y, float[8,8] z) <float[4,8] w, float[16,8] v> {
+        y = MatMul(w, x)
+        z = MatMul(x, v)
+    }"""
+    [left] = compiled(tmp_path, source).left_alone
+    assert (left.name, left.op) == ("y", "MatMul")
+    assert left.reason == "no constant weight where a layer of this kind has it"
+
+
 def test_operators_that_are_not_entered_are_named(tmp_path: pathlib.Path) -> None:
     source = """(float[N,8] x, float[2,8,16] h) => (float[N,8] y, float[1,2,16] z)
     <float[8,8] w, float[1,64,16] a, float[1,64,16] r> {
