@@ -139,7 +139,7 @@ class Compiler:
         shared, forked = pipeline.fork(self.passes)
         context = self._context(calibration, reference, self.targets[0])
         judge = simulate.Judge(reference, calibration.judges) if calibration else None
-        steps = pipeline.run(model, shared, context, self._watch(judge, self.targets[0]))
+        steps = pipeline.run(model, shared, context, self._watch(judge, self.targets[0], ""))
         results: list[Compiled] = []
         with folders.appearing(out) as folder:
             for target in self.targets:
@@ -178,7 +178,9 @@ class Compiler:
         judge: simulate.Judge | None,
         position: int,
     ) -> Compiled:
-        watch = self._watch(judge, target)
+        # Each target runs the passes behind the fork: their snapshots need names of their own.
+        place = f"-{target.name}" if len(self.targets) > 1 else ""
+        watch = self._watch(judge, target, place)
         last = next((i for i, p in enumerate(passes) if "lowered" in p.produces), len(passes))
         steps = pipeline.run(model, passes[:last], context, watch, position)
         decided = model.clone()
@@ -270,13 +272,13 @@ class Compiler:
         data: Data = sources.load(options.calib, sources.inputs_of(model), options.seed)
         return Calibration(data, options.progress)
 
-    def _watch(self, judge: simulate.Judge | None, target: Target) -> Watch:
+    def _watch(self, judge: simulate.Judge | None, target: Target, place: str) -> Watch:
         def measure(model: ir.Model) -> float:
             assert judge is not None
             return judge.worst(simulate.simulate(model, target))
 
         def after(position: int, step: Pass, model: ir.Model, done: Step) -> None:
-            self._observe(position, step, model, done)
+            self._observe(position, step, model, done, place)
 
         return Watch(
             measure=measure if judge is not None else None,
@@ -285,7 +287,7 @@ class Compiler:
             check_numerics=self.options.check_numerics,
         )
 
-    def _observe(self, position: int, step: Pass, model: ir.Model, done: Step) -> None:
+    def _observe(self, position: int, step: Pass, model: ir.Model, done: Step, place: str) -> None:
         options = self.options
         counters = ", ".join(f"{v} {k}" for k, v in done.counters.items())
         moved = ""
@@ -298,7 +300,7 @@ class Compiler:
             options.log(text.render(model))
         if options.snapshots is not None:
             options.snapshots.mkdir(parents=True, exist_ok=True)
-            stem = options.snapshots / f"{position:02d}-{step.name}"
+            stem = options.snapshots / f"{position:02d}-{step.name}{place}"
             stem.with_suffix(".txt").write_text(text.render(model, weights=True))
             execute.save(model, stem.with_suffix(".onnx"))
 

@@ -200,6 +200,7 @@ def test_two_targets_from_one_run_get_opposite_dialects(tmp_path: pathlib.Path) 
         tmp_path / "out",
         calib=graphs.samples(model, 10),
         targets=("ort-cpu", "tensorrt-rtx"),
+        snapshots=tmp_path / "snapshots",
     )
     kinds = [
         {v.dtype.name for v in r.model.graph.initializers.values() if v.dtype} for r in results
@@ -207,3 +208,5 @@ def test_two_targets_from_one_run_get_opposite_dialects(tmp_path: pathlib.Path) 
     assert kinds == [{"FLOAT", "UINT8", "INT8", "INT32"}, {"FLOAT", "INT8"}]
     assert [r.report.fused() for r in results] == [1.0, 1.0]
     assert (tmp_path / "out" / "tensorrt-rtx" / "model.engine").stat().st_size > 0
+    texts = sorted(path.name for path in (tmp_path / "snapshots").glob("*.txt"))
+    assert texts[-2:] == ["04-insert-qdq-ort-cpu.txt", "04-insert-qdq-tensorrt-rtx.txt"]
