@@ -11,13 +11,12 @@ import abc
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import onnx_ir as ir
-from onnxscript import version_converter
 
-from qcompile import graph, numerics, spec, syntax
+from qcompile import graph, numerics, opset, spec, syntax
 from qcompile.errors import TargetError
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
@@ -304,19 +303,7 @@ class Lowering:
         small = {ir.DataType.INT4, ir.DataType.UINT4}
         dtypes = {v.dtype for v in self.model.graph.initializers.values()}
         blocks = any("block_size" in node.attributes for node in self.model.graph)
-        raise_opset(self.model, 21 if dtypes & small or blocks else 0, newest_opset)
-
-
-def raise_opset(model: ir.Model, oldest: int, newest: int) -> None:
-    """Raise the opset to ``oldest`` if it is below; raise TargetError if it is above ``newest``."""
-    opset = model.opset_imports.get("", 0)
-    if opset > newest:
-        raise TargetError(f"the model has opset {opset}; this target reads up to {newest}")
-    if opset < oldest:
-        converter: Any = version_converter  # partly untyped
-        converter.convert_version(model, oldest, fallback=False)
-        if model.opset_imports.get("", 0) != oldest:
-            raise TargetError(f"the model could not be raised from opset {opset} to {oldest}")
+        opset.raise_to(self.model, 21 if dtypes & small or blocks else 0, newest_opset)
 
 
 def activation_range(model: ir.Model, value: ir.Value) -> tuple[float, float] | None:

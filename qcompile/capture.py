@@ -1,9 +1,9 @@
 """A model from ONNX or torch.export as a graph IR: named, sorted, checked, at a known opset.
 
 Capture repairs what every later step relies on: unique names, topological order, constants as
-initializers, functions inlined, shapes inferred. It changes no arithmetic. Names of the user are
-kept; only empty and duplicate ones are replaced. From torch, names are module paths, and BatchNorm
-is kept (torch's own exporter would fold it unless told not to).
+initializers, functions inlined, opset 18 or above, shapes inferred. It changes no arithmetic. Names
+of the user are kept; only empty and duplicate ones are replaced. From torch, names are module
+paths, and BatchNorm is kept (torch's own exporter would fold it unless told not to).
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from qcompile import execute, graph, verify
+from qcompile import execute, graph, opset, verify
 from qcompile.errors import CaptureError
 
 # The names that torch's exporter makes up, such as val_12.
 _COUNTED = re.compile(r"val_\d+|_val_\d+")
-OLDEST_OPSET, NEWEST_OPSET = 17, 25
 # The opset of what torch.export captures: old enough for every target, new enough for 4-bit types.
 TORCH_OPSET = 21
 # Operators that only an already quantized model has.
@@ -104,6 +103,7 @@ def _from_file(path: pathlib.Path) -> ir.Model:
         raise CaptureError(f"{str(path)!r} is not a readable ONNX model: {error}") from error
     if not model.graph.outputs:
         raise CaptureError(f"{str(path)!r} is not an ONNX model: its graph has no outputs")
+    execute.check_external(model)
     return model
 
 
@@ -115,14 +115,7 @@ def _from_proto(proto: onnx.ModelProto) -> ir.Model:
 
 
 def _repair(model: ir.Model) -> ir.Model:
-    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
-    if opset is None:
-        raise CaptureError("the model imports no ONNX opset")
-    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
-        raise CaptureError(
-            f"opset {opset} is not supported; export the model at one of "
-            f"{OLDEST_OPSET} to {NEWEST_OPSET}"
-        )
+    opset.of(model)
     inside = (node for function in model.functions.values() for node in function.all_nodes())
     for node in (*model.graph.all_nodes(), *inside):
         if node.op_type in _QUANTIZED:
@@ -132,13 +125,16 @@ def _repair(model: ir.Model) -> ir.Model:
                 "start from the float model"
             )
     try:
-        common.InlinePass()(model)
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        common.RemoveInitializersFromInputsPass()(model)
-        model.graph.sort()
-        _fill_names(model)
+        model = opset.inline(model)
+        _tidy(model)
+        converted = opset.convert(model)
+        if converted is not model:
+            model = converted
+            _tidy(model)  # the converter adds constants and nodes without names
         with _quiet():  # shapes that contradict each other are a finding, not a traceback
             common.ShapeInferencePass()(model)
+    except CaptureError:
+        raise
     except Exception as error:  # whatever an odd model makes these raise, it is the model's fault
         raise CaptureError(f"the model cannot be repaired: {error}") from error
     graph.remove_dead(model)
@@ -152,6 +148,14 @@ def _repair(model: ir.Model) -> ir.Model:
             if value is not None and value.type is None and layer.weight.value.dtype is not None:
                 value.type = ir.TensorType(layer.weight.value.dtype)
     return model
+
+
+def _tidy(model: ir.Model) -> None:
+    """Constants as initializers, initializers that are no inputs, topological order, names."""
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.RemoveInitializersFromInputsPass()(model)
+    model.graph.sort()
+    _fill_names(model)
 
 
 def _fill_names(model: ir.Model) -> None:

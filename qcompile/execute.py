@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 
-from qcompile.errors import TargetError
+from qcompile.errors import CaptureError, TargetError
 
 runtime: Any = onnxruntime  # untyped
 Array = npt.NDArray[Any]
@@ -102,6 +102,29 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     """Read a graph; external weights stay in their file until they are needed."""
     library: Any = ir  # partly untyped
     return library.load(path)
+
+
+def check_external(model: ir.Model) -> None:
+    """Raise CaptureError if a file with external weights is missing or too short.
+
+    The weights of a small model are read, so that it no longer depends on the file.
+    """
+    small = weight_bytes(model) < _IN_MEMORY_BYTES
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        path, end = pathlib.Path(tensor.path), (tensor.offset or 0) + tensor.nbytes
+        if not path.is_file():
+            raise CaptureError(f"weight {value.name!r} lies in {str(path)!r}, which is missing")
+        if path.stat().st_size < end:
+            raise CaptureError(
+                f"weight {value.name!r} ends at byte {end} of {str(path)!r}, which has only "
+                f"{path.stat().st_size}"
+            )
+        if small:
+            value.const_value = ir.Tensor(tensor.numpy().copy(), name=value.name)
+            tensor.release()
 
 
 def save(model: ir.Model, path: str | os.PathLike[str]) -> None:

@@ -12,9 +12,9 @@ import onnx_ir as ir
 import pytest
 from graphs import CHAIN, LINEAR, graph, outputs, proto, samples
 
-from qcompile import execute, text, verify
+from qcompile import execute, opset, text, verify
 from qcompile import graph as graphs
-from qcompile.capture import NEWEST_OPSET, OLDEST_OPSET, capture, load_object
+from qcompile.capture import capture, load_object
 from qcompile.errors import CaptureError
 from qcompile.models import fashion
 
@@ -158,15 +158,80 @@ def test_a_captured_model_is_the_same_after_save_and_load(tmp_path: pathlib.Path
 # -- refusals -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("opset", [7, OLDEST_OPSET - 1, NEWEST_OPSET + 1])
-def test_an_opset_out_of_range_is_rejected(opset: int) -> None:
-    with pytest.raises(CaptureError, match=rf"opset {opset} is not supported; .* 17 to 25"):
-        graph(LINEAR, opset)
+@pytest.mark.parametrize("version", [opset.OLDEST - 1, opset.NEWEST + 1])
+def test_an_opset_out_of_range_is_rejected(version: int) -> None:
+    with pytest.raises(CaptureError, match=rf"opset {version} is not supported; .* 7 to 25"):
+        graph(LINEAR, version)
 
 
-@pytest.mark.parametrize("opset", [OLDEST_OPSET, 21, NEWEST_OPSET])
-def test_an_opset_in_range_is_kept(opset: int) -> None:
-    assert graph(LINEAR, opset).opset_imports[""] == opset
+@pytest.mark.parametrize("version", [18, 21, 25])
+def test_an_opset_from_18_on_is_kept(version: int) -> None:
+    assert graph(LINEAR, version).opset_imports[""] == version
+
+
+# Operators whose attributes became inputs, or whose meaning changed, between opset 7 and 18.
+CHANGED = {
+    "Clip 6": (10, "(float[2,8] x) => (float[2,8] y) { y = Clip<min=-0.1, max=0.3>(x) }"),
+    "Softmax 11, inner axis": (11, "(float[N,3,4] x) => (float[N,3,4] y) { y = Softmax(x) }"),
+    "Squeeze 11": (11, """(float[2,1,4] x) => (float[2,1,4] y) {
+        s = Squeeze<axes=[1]>(x) y = Unsqueeze<axes=[1]>(s) }"""),
+    "Split 11": (11, """(float[2,6] x) => (float[2,2] a, float[2,4] b) {
+        a, b = Split<axis=1, split=[2,4]>(x) }"""),
+    "ReduceSum 11": (11, """(float[2,6] x) => (float[2] y) {
+        y = ReduceSum<axes=[1], keepdims=0>(x) }"""),
+    "ReduceMean 17": (17, "(float[2,6] x) => (float[2,1] y) { y = ReduceMean<axes=[-1]>(x) }"),
+    "Pad 10": (10, "(float[2,6] x) => (float[2,9] y) { y = Pad<pads=[0,1,0,2], value=0.5>(x) }"),
+    "Slice 9": (9, """(float[4,6] x) => (float[2,6] y) {
+        y = Slice<axes=[0], starts=[1], ends=[3]>(x) }"""),
+    "TopK 9": (9, "(float[2,6] x) => (float[2,3] y, int64[2,3] i) { y, i = TopK<k=3>(x) }"),
+    "Dropout 11": (11, "(float[2,6] x) => (float[2,6] y) { d = Dropout<ratio=0.5>(x) y = Neg(d) }"),
+    "BatchNormalization 9": (9, """(float[1,3,4,4] x)
+        => (float[1,3,4,4] y) <float[3] a, float[3] b, float[3] m, float[3] v = {1, 2, 3}> {
+        y = BatchNormalization(x, a, b, m, v) }"""),
+    "Upsample 9": (9, """(float[1,2,4,4] x) => (float[1,2,8,8] y) <float[4] s = {1, 1, 2, 2}> {
+        y = Upsample<mode="nearest">(x, s) }"""),
+    "Resize 11": (11, """(float[1,2,4,4] x) => (float[1,2,8,8] y)
+        <float[8] r, float[4] s = {1, 1, 2, 2}> {
+        y = Resize<mode="linear", coordinate_transformation_mode="align_corners">(x, r, s) }"""),
+    "LSTM 13": (13, """(float[5,2,8] x) => (float[5,1,2,4] y)
+        <float[1,16,8] w, float[1,16,4] r> { y = LSTM<hidden_size=4>(x, w, r) }"""),
+    "a body": (11, """(bool c, float[2,1,4] x) => (float[2,4] y) {
+        y = If(c) <
+            then_branch = then () => (float[2,4] a) { a = Squeeze<axes=[1]>(x) },
+            else_branch = other () => (float[2,4] b) { t = Neg(x) b = Squeeze<axes=[1]>(t) }> }"""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_an_older_opset_is_converted_truly(case: str) -> None:
+    version, source = CHANGED[case]
+    model = proto(source, version)
+    captured = capture(model)
+    assert captured.opset_imports[""] == 18
+    assert not verify.findings(captured)
+    for feeds in samples(captured, 3):
+        expected = execute.Session(ir.from_proto(model), optimize=False).run(feeds)
+        for name, array in outputs(captured, feeds).items():
+            np.testing.assert_allclose(array, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_conversion_keeps_the_metadata_of_the_model() -> None:
+    model = proto(LINEAR, 11)
+    model.metadata_props.add(key="character", value="a\nb")
+    assert capture(model).metadata_props["character"] == "a\nb"
+
+
+def test_a_function_of_another_opset_is_converted_and_inlined() -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["": 18, "acme": 1]>
+        g (float[2,3] x) => (float[2,1] y) { y = acme.mean(x) }
+        <domain: "acme", opset_import: ["": 15]>
+        mean (a) => (b) { b = ReduceMean<axes=[1]>(a) }""")
+    captured = capture(model)
+    assert [node.op_type for node in captured.graph] == ["ReduceMean"]
+    [feeds] = samples(captured)
+    found = outputs(captured, feeds)["y"]
+    np.testing.assert_allclose(found, feeds["x"].mean(axis=1, keepdims=True), rtol=1e-6)
 
 
 def test_a_model_without_an_opset_is_rejected() -> None:
