@@ -6,19 +6,17 @@ is not met; 70 a bug of ours; 130 Ctrl-C.
 
 from __future__ import annotations
 
-import inspect
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Annotated, Any, NoReturn
 
 import rich.progress
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
-from rich.table import Table
 
-from qcompile import __version__, compiler, recipes, registry, report, syntax
-from qcompile.errors import QCompileError, RequirementError, nearest
+from qcompile import __version__, compiler, crash, explain, report
+from qcompile.errors import Bug, QCompileError, RequirementError
 
 app = App(
     name="qcompile",
@@ -44,6 +42,7 @@ def compile_command(
     jobs: int = 1,
     require_fused: float | None = None,
     latency: bool = False,
+    resume: bool = False,
     print_after: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     print_changes: bool = False,
     snapshots: pathlib.Path | None = None,
@@ -75,6 +74,8 @@ def compile_command(
         Exit with 3 unless this percentage of the MACs runs in integers, by proof.
     latency
         Measure latency against float, interleaved, one thread (ort-cpu).
+    resume
+        Keep the state after every pass, and go on from what a killed run left.
     print_after
         Print the graph after this pass ('all' for every pass).
     print_changes
@@ -94,7 +95,7 @@ def compile_command(
         passes=passes, targets=target, calib=calib, seed=seed, jobs=jobs, allow_float=allow_float,
         check_numerics=check_numerics, verify=verify, print_after=print_after,
         print_changes=print_changes, snapshots=snapshots, latency=latency,
-        require_fused=require_fused,
+        require_fused=require_fused, resume=resume,
         log=_log, progress=_progress,
     )  # fmt: skip
     try:
@@ -139,30 +140,10 @@ def passes_command(name: str | None = None) -> None:
     name
         A pass or @recipe; all if left out.
     """
-    known = registry.passes()
     if name is None:
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        for column in ("pass", "options", "what it does"):
-            table.add_column(column)
-        for key, kind in known.items():
-            doc = inspect.getdoc(sys.modules[kind.__module__]) or ""
-            table.add_row(key, " ".join(_defaults(kind)), doc.split("\n\n")[0].replace("\n", " "))
-        _out.print(table)
-        for key, recipe in recipes.RECIPES.items():
-            _out.print(f"@{key} = {recipe}", highlight=False, markup=False)
-        return
-    if name.startswith("@"):
-        _out.print(recipes.expand(name), highlight=False, markup=False)
-        return
-    if name not in known:
-        raise QCompileError(f"unknown pass {name!r}; {nearest(name, known)}")
-    kind = known[name]
-    for text in (inspect.getdoc(sys.modules[kind.__module__]), inspect.getdoc(kind)):
-        _out.print(f"{text}\n", highlight=False, markup=False)
-    for what in ("requires", "produces", "invalidates"):
-        words = ", ".join(sorted(getattr(kind, what))) or "nothing"
-        _out.print(f"{what}: {words}", highlight=False)
-    _out.print(f"options: {' '.join(_defaults(kind)) or 'none'}", highlight=False, markup=False)
+        explain.list_passes(_out)
+    else:
+        explain.explain_pass(_out, name)
 
 
 @app.command(name="targets")
@@ -174,22 +155,30 @@ def targets_command(name: str | None = None) -> None:
     name
         A target; all if left out.
     """
-    known = registry.targets()
     if name is None:
-        for key, kind in known.items():
-            doc = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
-            _out.print(f"[bold]{key}[/bold]  {doc}", highlight=False)
-        return
-    if name not in known:
-        raise QCompileError(f"unknown target {name!r}; {nearest(name, known)}")
-    kind = known[name]
-    _out.print(f"{inspect.getdoc(kind)}\n", highlight=False, markup=False)
-    _out.print(f"weights: {', '.join(kind.weight_formats)}", highlight=False)
-    _out.print(f"activations: {', '.join(kind.input_formats)}", highlight=False)
-    _out.print(f"options: {' '.join(_defaults(kind)) or 'none'}\n", highlight=False, markup=False)
-    for rule in kind.dialect:
-        _out.print(f"[bold]{rule.name}[/bold]: ", end="", highlight=False)
-        _out.print(rule.why, highlight=False, markup=False)
+        explain.list_targets(_out)
+    else:
+        explain.explain_target(_out, name)
+
+
+@app.command(name="replay")
+def replay_command(folder: pathlib.Path) -> None:
+    """Run the reproducer of a crash again.
+
+    Parameters
+    ----------
+    folder
+        What a run that crashed has written beside its output, such as out-crash.
+    """
+    try:
+        done = crash.replay(folder)
+    except QCompileError:
+        raise
+    except Exception as error:
+        raise Bug(f"{type(error).__name__}: {error}", folder) from error
+    for line in done:
+        _log(line)
+    _out.print("the reproducer runs without a crash", highlight=False)
 
 
 @app.command(name="fetch")
@@ -209,15 +198,6 @@ def fetch_command(*names: str, allow_mismatch: bool = False) -> None:
         fetch.fetch(names, fetch.folder(), allow_mismatch, _log)
     except fetch.FetchError as error:
         raise QCompileError(str(error)) from error
-
-
-def _defaults(kind: type[Any]) -> Iterator[str]:
-    """The options of a pass or target with their defaults, as text."""
-    import dataclasses
-
-    for field in dataclasses.fields(kind):
-        if field.init:
-            yield f"{field.name.replace('_', '-')}={syntax.plain(field.default)}"
 
 
 def _log(message: str) -> None:
@@ -257,6 +237,15 @@ def main() -> NoReturn:
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.exit(0)
+    except Bug as error:
+        _complain("this is a bug of qcompile", error)
+        if error.folder is not None:
+            message = (
+                f"{error.folder} holds all that is needed to report it, its traceback included; "
+            )
+            _err.print(message, end="", highlight=False, markup=False, soft_wrap=True)
+            _err.print(f"qcompile replay {error.folder} runs it again", soft_wrap=True)
+        sys.exit(BUG)
     except Exception:
         _err.print_exception()
         _err.print("[bold red]this is a bug of qcompile;[/bold red] please report the lines above")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -15,9 +16,12 @@ import onnx_ir as ir
 from qcompile import (
     bench,
     capture,
+    checkpoints,
+    crash,
     execute,
     folders,
     graph,
+    opset,
     pipeline,
     recipes,
     registry,
@@ -30,7 +34,15 @@ from qcompile import (
 )
 from qcompile.backends.base import Target
 from qcompile.calibrate import Calibration
-from qcompile.errors import CalibrationError, PassError, QCompileError, RequirementError
+from qcompile.errors import (
+    CalibrationError,
+    CaptureError,
+    PassBug,
+    PassError,
+    QCompileError,
+    RequirementError,
+    TargetError,
+)
 from qcompile.pipeline import Context, Pass, Step, Watch
 from qcompile.report import Report
 from qcompile.sources import Data
@@ -55,6 +67,7 @@ class Options:
       graph after each pass.
     * ``require_fused``: percentage of the MACs that must run below float precision, by proof.
     * ``latency``: measure latency against float, interleaved (``ort-cpu`` only).
+    * ``resume``: keep the state after every pass, and go on from what a killed run left.
     """
 
     passes: str = "@int8"
@@ -70,6 +83,7 @@ class Options:
     print_changes: bool = False
     snapshots: pathlib.Path | None = None
     latency: bool = False
+    resume: bool = False
     log: Callable[[str], None] = pipeline.silent
     progress: Callable[..., Iterable[Any]] = pipeline.no_progress
 
@@ -96,9 +110,13 @@ def compile(
 
     Returns the results in the order of the targets. Raises RequirementError, with the results, if
     one misses ``require_fused``, and QCompileError for what the user can put right; nothing is
-    written then.
+    written then. Raises Bug for anything else, with a reproducer beside ``out``.
     """
     return Compiler(Options(**options)).run(source, pathlib.Path(out))
+
+
+# What the file system says that the user can put right.
+_OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE)
 
 
 class Compiler:
@@ -130,16 +148,42 @@ class Compiler:
                 raise PassError(f"--print-after {name}: the pipeline has no such pass")
 
     def run(self, source: Any, out: pathlib.Path) -> list[Compiled]:
-        """Compile ``source`` into ``out``."""
+        """Compile ``source`` into ``out``. Raises Bug, with a reproducer, for what is our fault."""
+        self._part = crash.Part(None, self.text, str(self.targets[0]))
+        try:
+            return self._run(source, out)
+        except QCompileError:
+            raise
+        except MemoryError as error:
+            raise QCompileError("out of memory; a model this size needs more of it") from error
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
+                where = f" {error.filename!r}" if error.filename else ""
+                raise QCompileError(
+                    f"cannot write{where}: {error.strerror}; nothing was written"
+                ) from error
+            part = self._part
+            if isinstance(error, PassBug):
+                rest = pipeline.to_text(self.passes[error.position :])
+                part = dataclasses.replace(part, model=error.model, passes=rest)
+            raise crash.write(error, out, part, self.options.seed) from error
+
+    def _run(self, source: Any, out: pathlib.Path) -> list[Compiled]:
         folders.check(out)
         model = capture.capture(source)
         reference = model.clone()
         self._findings = [f"the model as captured: {f}" for f in verify.findings(model)]
         calibration = self._calibration(model)
+        self._part = crash.Part(reference, self.text, str(self.targets[0]), calibration)
+        judge = simulate.Judge(reference, calibration.judges) if calibration else None
+        self._check_conversion(source, judge)
         shared, forked = pipeline.fork(self.passes)
         context = self._context(calibration, reference, self.targets[0])
-        judge = simulate.Judge(reference, calibration.judges) if calibration else None
-        steps = pipeline.run(model, shared, context, self._watch(judge, self.targets[0], ""))
+        self._states = checkpoints.Checkpoints(self.options.resume, self.options.log)
+        data = calibration.data.digest if calibration else ""
+        first = checkpoints.first_key(model, data, str(self.options.seed))
+        keys = checkpoints.keys(first, shared)
+        model, steps = self._through(model, shared, context, judge, "", 0, keys)
         results: list[Compiled] = []
         with folders.appearing(out) as folder:
             for target in self.targets:
@@ -149,10 +193,66 @@ class Compiler:
                 done = self._lower(
                     _name(source), model.clone(), forked, target, place, steps,
                     self._context(calibration, reference, target), judge, len(shared),
+                    keys[-1] if keys else first,
                 )  # fmt: skip
                 results.append(dataclasses.replace(done, folder=out / place.relative_to(folder)))
         self._require(results)
         return results
+
+    def _through(
+        self,
+        model: ir.Model,
+        passes: Sequence[Pass],
+        context: Context,
+        judge: simulate.Judge | None,
+        place: str,
+        position: int,
+        keys: Sequence[str],
+        before: Callable[[Pass, ir.Model], None] | None = None,
+    ) -> tuple[ir.Model, list[Step]]:
+        """``model`` behind ``passes``, as far as may be from a state that a killed run left.
+
+        ``keys`` are those of the states behind the first passes; those behind them keep none.
+        """
+        states, steps = self._states, list[Step]()
+        found = states.resumed(keys)
+        if found is not None:
+            count, model, steps = found
+            passes, keys, position = passes[count:], keys[count:], position + count
+        behind = iter(keys)
+
+        def keep(model: ir.Model, done: Step) -> None:
+            steps.append(done)
+            key = next(behind, None)
+            if key is not None:
+                states.save(key, model, steps)
+
+        assert context.target is not None
+        watch = self._watch(judge, context.target, place, keep)
+        watch.before = before
+        pipeline.run(model, passes, context, watch, position)
+        return model, steps
+
+    def _check_conversion(self, source: Any, judge: simulate.Judge | None) -> None:
+        """Run the file as it came against the model as captured, if its opset was converted."""
+        original = capture.read(source)
+        if original is None or opset.of(original) >= opset.CONVERTED:
+            return
+        what = f"converting opset {opset.of(original)} to {opset.CONVERTED}"
+        if judge is None:
+            self._findings.append(f"{what} was not checked by running: there is no data")
+            return
+        try:
+            session = execute.Session(original, optimize=False)
+        except TargetError as error:
+            self._findings.append(f"{what} was not checked by running: {error}")
+            return
+        worst = judge.worst(session)
+        if not worst >= pipeline.SAME_FUNCTION_DB:
+            raise CaptureError(
+                f"{what} changed the function ({worst:.1f} dB); export the model at opset "
+                f"{opset.CONVERTED} or above"
+            )
 
     def _require(self, results: Sequence[Compiled]) -> None:
         """Raise RequirementError for the first result that misses a requirement."""
@@ -177,14 +277,22 @@ class Compiler:
         context: Context,
         judge: simulate.Judge | None,
         position: int,
+        key: str,
     ) -> Compiled:
         # Each target runs the passes behind the fork: their snapshots need names of their own.
         place = f"-{target.name}" if len(self.targets) > 1 else ""
-        watch = self._watch(judge, target, place)
         last = next((i for i, p in enumerate(passes) if "lowered" in p.produces), len(passes))
-        steps = pipeline.run(model, passes[:last], context, watch, position)
-        decided = model.clone()
-        steps += pipeline.run(model, passes[last:], context, watch, position + last)
+        keys = checkpoints.keys(key, passes[:last], str(target))
+        self._part = crash.Part(model, pipeline.to_text(passes), str(target), context.calibration)
+        decided = model
+
+        def before(step: Pass, model: ir.Model) -> None:
+            nonlocal decided
+            if "lowered" in step.produces:
+                decided = model
+
+        model, steps = self._through(model, passes, context, judge, place, position, keys, before)
+        self._part = crash.Part(model, "", str(target), context.calibration)
         self._refuse_float(model)
         assert context.reference is not None
         stamp(model, self.text, target, self.options.seed, context.calibration)
@@ -272,13 +380,20 @@ class Compiler:
         data: Data = sources.load(options.calib, sources.inputs_of(model), options.seed)
         return Calibration(data, options.progress)
 
-    def _watch(self, judge: simulate.Judge | None, target: Target, place: str) -> Watch:
+    def _watch(
+        self,
+        judge: simulate.Judge | None,
+        target: Target,
+        place: str,
+        keep: Callable[[ir.Model, Step], None],
+    ) -> Watch:
         def measure(model: ir.Model) -> float:
             assert judge is not None
             return judge.worst(simulate.simulate(model, target))
 
         def after(position: int, step: Pass, model: ir.Model, done: Step) -> None:
             self._observe(position, step, model, done, place)
+            keep(model, done)
 
         return Watch(
             measure=measure if judge is not None else None,

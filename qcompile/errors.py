@@ -1,22 +1,29 @@
 """Every error that qcompile raises on purpose.
 
-    QCompileError            something the user can put right; shown without a traceback
-      PipelineSyntaxError    a pipeline or target text that cannot be read; points at the column
-      CaptureError           a model that cannot be read or captured
-      CalibrationError       calibration data that is missing or does not fit the model
-      PassError              a pass was asked for what cannot be had
-      TargetError            a target cannot hold a format, or a runtime refused the file
-      RequirementError       the result misses what the user required (--require-fused, ...)
-    VerifyError              a pass broke the graph: a bug of ours
-
-Anything else that escapes is a bug too and keeps its traceback.
+QCompileError            something the user can put right; shown without a traceback
+  PipelineSyntaxError    a pipeline or target text that cannot be read; points at the column
+  CaptureError           a model that cannot be read or captured
+  CalibrationError       calibration data that is missing or does not fit the model
+  PassError              a pass was asked for what cannot be had
+  TargetError            a target cannot hold a format, or a runtime refused the file
+  PluginError            a pass or target of an installed package cannot be used
+  RequirementError       the result misses what the user required (--require-fused, ...)
+VerifyError              a pass broke the graph: a bug of ours
+PassBug                  anything else that escaped from a pass, with the state before it
+Bug                      what the user is told of a bug: one sentence, and where to find the
+                         reproducer with its traceback
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pathlib
+
+    import onnx_ir as ir
 
 
 class QCompileError(Exception):
@@ -48,6 +55,10 @@ class TargetError(QCompileError):
     """A target cannot hold what was decided, or its runtime refused the lowered model."""
 
 
+class PluginError(QCompileError):
+    """A pass or target of an installed package cannot be used; names the package to remove."""
+
+
 class RequirementError(QCompileError):
     """The model was compiled and written, but misses what the user required (exit code 3).
 
@@ -61,6 +72,27 @@ class RequirementError(QCompileError):
 
 class VerifyError(Exception):
     """A pass left the graph broken. A bug of the pass, never the user's mistake."""
+
+
+class PassBug(Exception):
+    """What escaped from a pass and is no QCompileError.
+
+    ``model`` is the model before the pass ``name``, which stands at ``position`` of the pipeline.
+    """
+
+    def __init__(self, name: str, cause: Exception, model: ir.Model, position: int) -> None:
+        self.model, self.position = model, position
+        said = isinstance(cause, VerifyError)
+        what = str(cause) if said else f"failed with {type(cause).__name__}: {cause}"
+        super().__init__(f"pass {name} {what}")
+
+
+class Bug(Exception):
+    """A bug of qcompile (exit code 70); ``folder`` holds its reproducer, if one was written."""
+
+    def __init__(self, message: str, folder: pathlib.Path | None) -> None:
+        self.folder = folder
+        super().__init__(message)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -29,15 +29,21 @@ def check(out: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def appearing(out: pathlib.Path) -> Generator[pathlib.Path]:
-    """A folder beside ``out`` that becomes ``out`` when the block ends well, and else goes."""
+    """A folder beside ``out`` that becomes ``out`` when the block ends well, and else goes.
+
+    What a killed process left behind goes as well.
+    """
     parent = out.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
+    _sweep(parent, out.name)
+    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}-{os.getpid()}-", dir=parent))
     try:
         yield scratch
         scratch.chmod(0o755)
         if out.exists():
-            old = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=parent))
+            old = pathlib.Path(
+                tempfile.mkdtemp(prefix=f".{out.name}-{os.getpid()}-old-", dir=parent)
+            )
             os.replace(out, old / "old")
             os.replace(scratch, out)
             shutil.rmtree(old)
@@ -45,3 +51,21 @@ def appearing(out: pathlib.Path) -> Generator[pathlib.Path]:
             os.replace(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sweep(parent: pathlib.Path, name: str) -> None:
+    """Remove the scratch folders of ``name`` whose process is gone."""
+    for left in parent.glob(f".{name}-*"):
+        owner = left.name.removeprefix(f".{name}-").split("-")[0]
+        if left.is_dir() and owner.isdigit() and not _alive(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -336,7 +336,7 @@ def unique(model: ir.Model, name: str) -> str:
 
 def _value_names(model: ir.Model) -> set[str]:
     # Kept on the model, because collecting the names anew for every edit is quadratic. Names that
-    # are gone stay reserved, which is what a reader of the graph's history would want anyway.
+    # are gone stay reserved until the pass ends.
     meta: Any = model.meta
     names: set[str] | None = meta.get("qcompile.names")
     if names is None:
@@ -354,6 +354,16 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
             if attr.type == ir.AttributeType.GRAPH:
                 yield from attr.value.inputs
                 yield from attr.value.initializers.values()
+
+
+def forget_names(model: ir.Model) -> None:
+    """Let names that are gone be used again.
+
+    Between passes, so that the names which a pass gives do not depend on what ran in this process.
+    """
+    meta: Any = model.meta
+    meta.pop("qcompile.names", None)
+    meta.pop("qcompile.nodes", None)
 
 
 def unique_node(model: ir.Model, name: str) -> str:

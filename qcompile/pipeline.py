@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile import graph, spec, syntax, text, verify
-from qcompile.errors import PassError, QCompileError, VerifyError
+from qcompile.errors import PassBug, PassError, QCompileError, VerifyError
 
 if TYPE_CHECKING:
     from qcompile.backends.base import Target
@@ -192,11 +192,11 @@ def _order_message(passes: Sequence[Pass], step: Pass, word: str, spoiler: Pass 
 
 
 def _with_order(cause: str, passes: Sequence[Pass]) -> str:
-    order = _working_order(passes)
+    order = working_order(passes)
     return f"{cause}; this order works: {to_text(order)}" if order else cause
 
 
-def _working_order(passes: Sequence[Pass]) -> list[Pass] | None:
+def working_order(passes: Sequence[Pass]) -> list[Pass] | None:
     """An order in which every pass finds its words, as near to the given one as may be, or None.
 
     Producers stand before readers. A spoiler stands before what produces the word anew, unless it
@@ -246,12 +246,14 @@ class Watch:
     """What to observe of a run.
 
     * ``measure``: SQNR in dB of a model against the reference, or None not to measure.
+    * ``before``: called with a pass and a copy of the model that it will run on.
     * ``after``: called with (position, pass, model, step) after each pass.
     * ``verify``: check the graph after each pass.
     * ``check_numerics``: raise VerifyError if a pass that keeps the float function did not.
     """
 
     measure: Callable[[ir.Model], float] | None = None
+    before: Callable[[Pass, ir.Model], None] | None = None
     after: Callable[[int, Pass, ir.Model, Step], None] | None = None
     verify: bool = True
     check_numerics: bool = False
@@ -270,7 +272,8 @@ def run(
 ) -> list[Step]:
     """Run ``passes`` over ``model`` in place and return what each did.
 
-    Raises VerifyError, naming the pass, if one broke the graph. ``first`` is the position of the
+    Raises QCompileError for what the user can put right, and PassBug for anything else that a pass
+    raises, a VerifyError about the graph that it left included. ``first`` is the position of the
     first pass in the whole pipeline, for ``watch.after``.
     """
     watch = watch or Watch()
@@ -279,35 +282,62 @@ def run(
     ids = {o for node in model.graph for o in graph.origins(node)}
     sqnr = watch.measure(model) if watch.measure and passes else None
     before = text.render(model, weights=True)
-    for position, step in enumerate(passes, first):
-        started = time.perf_counter()
+    for index, step in enumerate(passes):
+        kept = model.clone()  # cheap: the weights are shared
+        graph.forget_names(model)
+        if watch.before:
+            watch.before(step, kept)
         try:
-            counters = step.run(model, ctx)
-        except QCompileError as error:
-            if isinstance(error, PassError):
-                raise PassError(f"{step}: {error}") from error
+            done = _step(model, step, ctx, watch, known, ids, before, sqnr)
+        except QCompileError:
             raise
-        _forget(model, step.invalidates)
-        seconds = time.perf_counter() - started
-        if watch.verify:
-            try:
-                verify.verify(model, known, ids)
-            except VerifyError as error:
-                raise VerifyError(f"pass {step} broke the graph: {error}") from error
-        after = text.render(model, weights=True)
-        changed = text.changes(before, after)
-        measured = watch.measure(model) if watch.measure and changed else sqnr
-        if watch.check_numerics and step.keeps_float and measured is not None:
-            kept = min(sqnr if sqnr is not None else np.inf, SAME_FUNCTION_DB)
-            # Not "<": the SQNR of outputs that are no longer finite is NaN.
-            if not (measured >= kept or np.isnan(kept)):
-                raise VerifyError(f"pass {step} changed the float function: {measured:.1f} dB")
-        done = Step(str(step), seconds, counters, tuple(changed), sqnr, measured)
-        steps.append(done)
+        except Exception as error:
+            raise PassBug(str(step), error, kept, first + index) from error
+        steps.append(done.step)
         if watch.after:
-            watch.after(position, step, model, done)
-        before, sqnr = after, measured
+            watch.after(first + index, step, model, done.step)
+        before, sqnr = done.text, done.step.sqnr_after
     return steps
+
+
+@dataclasses.dataclass(frozen=True)
+class _Done:
+    step: Step
+    text: str
+
+
+def _step(
+    model: ir.Model,
+    step: Pass,
+    ctx: Context,
+    watch: Watch,
+    known: Sequence[str],
+    ids: Iterable[str],
+    before: str,
+    sqnr: float | None,
+) -> _Done:
+    """Run one pass and check what it left; ``before`` and ``sqnr`` are of the model before it."""
+    started = time.perf_counter()
+    try:
+        counters = step.run(model, ctx)
+    except PassError as error:
+        raise PassError(f"{step}: {error}") from error
+    _forget(model, step.invalidates)
+    seconds = time.perf_counter() - started
+    if watch.verify:
+        try:
+            verify.verify(model, known, ids)
+        except VerifyError as error:
+            raise VerifyError(f"broke the graph: {error}") from error
+    after = text.render(model, weights=True)
+    changed = text.changes(before, after)
+    measured = watch.measure(model) if watch.measure and changed else sqnr
+    if watch.check_numerics and step.keeps_float and measured is not None:
+        kept = min(sqnr if sqnr is not None else np.inf, SAME_FUNCTION_DB)
+        # Not "<": the SQNR of outputs that are no longer finite is NaN.
+        if not (measured >= kept or np.isnan(kept)):
+            raise VerifyError(f"changed the float function: {measured:.1f} dB")
+    return _Done(Step(str(step), seconds, counters, tuple(changed), sqnr, measured), after)
 
 
 def _forget(model: ir.Model, words: frozenset[str]) -> None:

@@ -24,7 +24,7 @@ DECIDE = "simplify,fold-bn,calibrate,quantize"
 WEIGHT_ONLY = "simplify,fold-bn,calibrate,quantize{input=float}"
 
 
-def graph_of(source: str, arrays: Mapping[str, Array] | None = None, opset: int = 17) -> ir.Model:
+def graph_of(source: str, arrays: Mapping[str, Array] | None = None, opset: int = 18) -> ir.Model:
     """The captured model of ``source``, with ``arrays`` in place of the weights of these names."""
     model = graphs.graph(source, opset)
     for name, array in (arrays or {}).items():

@@ -20,11 +20,11 @@ from qcompile import pipeline, recipes, registry, simulate, spec
 from qcompile.calibrate import Calibration
 from qcompile.compiler import parse_target
 from qcompile.errors import (
+    PassBug,
     PassError,
     PipelineSyntaxError,
     QCompileError,
     TargetError,
-    VerifyError,
 )
 from qcompile.passes.calibrate import Calibrate
 from qcompile.passes.fold_bn import FoldBn
@@ -347,7 +347,7 @@ class Fail(Nothing):
     ids=lambda case: str(case).split(" ")[0],
 )
 def test_a_pass_that_breaks_the_graph_is_named(broken: Pass, says: str) -> None:
-    with pytest.raises(VerifyError, match=says):
+    with pytest.raises(PassBug, match=says):
         pipeline.run(graph(CHAIN), [Nothing(), broken], Context())
 
 
@@ -364,7 +364,7 @@ def test_findings_from_before_are_not_blamed_on_a_pass() -> None:
 @pytest.mark.parametrize("by", [1.01, float("nan"), 0.0])
 def test_check_numerics_catches_a_pass_that_lies(by: float) -> None:
     model = graph(CHAIN)
-    with pytest.raises(VerifyError, match=r"pass scale\S* changed the float function"):
+    with pytest.raises(PassBug, match=r"pass scale\S* changed the float function"):
         pipeline.run(model, [Nothing(), Scale(by=by)], Context(), judged(model))
 
 
