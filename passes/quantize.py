@@ -28,11 +28,15 @@ Granularity = Literal["tensor", "channel", "block"]
 class Quantize(Pass):
     """Write a spec on the weight and the input of every Conv and linear layer.
 
-    ``weight``, ``input``: a format, or ``float``. ``granularity`` is that of weights: one scale a
-    tensor, an output channel, or ``block`` weights along the summed axis of a linear layer.
-    ``method`` searches the range of each scale. Weights are symmetric. An activation gets the
-    format and the name of its calibrated range; the dialect makes scale and zero point of it.
-    ``attention`` is the format of both sides of a product of two activations.
+    Weights are symmetric. An activation gets the format and the name of its calibrated range; the
+    dialect makes scale and zero point of it.
+
+    * ``weight``, ``input``: a format, int2 to int8, or ``float``.
+    * ``granularity``: of weights: one scale a tensor, an output channel, or ``block`` of weights.
+    * ``block``: weights along the summed axis of a linear layer that share a scale.
+    * ``method``: how the range of each scale of a weight is searched.
+    * ``attention``: the format of both sides of a product of two activations.
+    * ``include``, ``exclude``: globs over the names and operator types of layers.
 
     Raises PassError for an unknown format, a glob that matches nothing, or a block that does not
     divide the weight.
@@ -59,6 +63,10 @@ class Quantize(Pass):
             raise PassError(f"block must be at least 1, got {self.block}")
         if self.weight == "float" and self.input != "float":
             raise PassError("a quantized input needs a quantized weight: no kernel takes only one")
+
+    def relies_on(self) -> frozenset[str]:
+        """Ranges only if an activation is quantized: weights alone need no data."""
+        return self.requires if {self.input, self.attention} != {"float"} else frozenset()
 
     def weight_formats(self) -> tuple[str, ...]:
         return (self.weight,)

@@ -61,6 +61,10 @@ class Pass(abc.ABC):
         Raises PassError for what the user asked and cannot be had.
         """
 
+    def relies_on(self) -> frozenset[str]:
+        """The words that must hold before this pass with its options; ``requires`` or fewer."""
+        return self.requires
+
     def weight_formats(self) -> tuple[str, ...]:
         """The weight formats that this pass will ask for; checked against the targets first."""
         return ()
@@ -172,7 +176,7 @@ def _first_problem(passes: Sequence[Pass]) -> tuple[Pass, str | None, Pass | Non
     for step in passes:
         if "lowered" in holds:
             return step, None, None
-        for word in sorted(step.requires - holds):
+        for word in sorted(step.relies_on() - holds):
             return step, word, spoiled.get(word)
         for word in step.invalidates & holds:
             spoiled[word] = step
@@ -181,7 +185,7 @@ def _first_problem(passes: Sequence[Pass]) -> tuple[Pass, str | None, Pass | Non
 
 
 def _order_message(passes: Sequence[Pass], step: Pass, word: str, spoiler: Pass | None) -> str:
-    producers = [p for p in passes if word in p.produces and word not in p.requires]
+    producers = [p for p in passes if word in p.produces and word not in p.relies_on()]
     if not producers:
         return f"{step.name} requires {word!r}, which no pass of this pipeline produces"
     if spoiler is not None:
@@ -207,8 +211,8 @@ def working_order(passes: Sequence[Pass]) -> list[Pass] | None:
     pairs = [(i, j) for i in range(len(passes)) for j in range(len(passes)) if i != j]
     for i, j in pairs:
         # Two passes that both read and write a word, such as two of set, keep their order.
-        mutual = passes[j].produces & passes[i].requires
-        if passes[i].produces & passes[j].requires and (i < j or not mutual):
+        mutual = passes[j].produces & passes[i].relies_on()
+        if passes[i].produces & passes[j].relies_on() and (i < j or not mutual):
             order.add_edge(i, j)
     for i, j in pairs:
         spoils = passes[i].invalidates & passes[j].produces and not nx.has_path(order, j, i)

@@ -12,8 +12,10 @@ not read back.
 
 from __future__ import annotations
 
+import bisect
 import difflib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,9 +37,54 @@ def render(model: ir.Model, weights: bool = False) -> str:
 
 
 def changes(before: str, after: str) -> list[str]:
-    """The lines of ``before`` that are gone (``-``) and those of ``after`` that are new (``+``)."""
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
-    return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+    """The lines of ``before`` that are gone (``-``) and those of ``after`` that are new (``+``).
+
+    Lines that stand once on each side are matched first, as many as keep their order, so that the
+    time grows with the number of lines; the general comparison is left for what lies between.
+    """
+    old, new = before.splitlines(), after.splitlines()
+    found: list[str] = []
+    i = j = 0
+    for next_i, next_j in [*_anchors(old, new), (len(old), len(new))]:
+        found += _between(old[i:next_i], new[j:next_j])
+        i, j = next_i + 1, next_j + 1
+    return found
+
+
+def _anchors(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
+    """The longest run of pairs of equal lines, rising on both sides, of lines that occur once."""
+    once = {line for line, count in Counter(old).items() if count == 1}
+    once &= {line for line, count in Counter(new).items() if count == 1}
+    place = {line: j for j, line in enumerate(new) if line in once}
+    pairs = [(i, place[line]) for i, line in enumerate(old) if line in once]
+    # The longest rising run of j: for each length the pair with the least j that ends one.
+    least: list[int] = []
+    ends: list[int] = []
+    back: list[int] = []
+    for number, (_, j) in enumerate(pairs):
+        length = bisect.bisect_left(least, j)
+        back.append(ends[length - 1] if length else -1)
+        if length == len(least):
+            least.append(j)
+            ends.append(number)
+        else:
+            least[length], ends[length] = j, number
+    run: list[tuple[int, int]] = []
+    number = ends[-1] if ends else -1
+    while number >= 0:
+        run.append(pairs[number])
+        number = back[number]
+    return run[::-1]
+
+
+def _between(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
+    if not old and not new:
+        return
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    for kind, i, next_i, j, next_j in matcher.get_opcodes():
+        if kind != "equal":
+            yield from (f"-{line}" for line in old[i:next_i])
+            yield from (f"+{line}" for line in new[j:next_j])
 
 
 def _graph(body: ir.Graph, weights: bool, indent: str) -> Iterator[str]:
