@@ -57,16 +57,26 @@ def capture(source: str | os.PathLike[str] | ir.Model | Any) -> ir.Model:
         CaptureError: the file is missing or unreadable, the opset is not supported, the export
             failed, or the model is quantized already.
     """
+    model = read(source)
+    if model is not None:
+        return _repair(model)
+    if isinstance(source, str):
+        source = load_object(source, "model")
+    return _repair(_from_torch(source))
+
+
+def read(source: str | os.PathLike[str] | ir.Model | Any) -> ir.Model | None:
+    """The ONNX model of ``source`` as it is, without repairs; None if ``source`` is of torch."""
     if isinstance(source, ir.Model):
-        return _repair(source.clone())
+        return source.clone()
     if isinstance(source, onnx.ModelProto):
-        return _repair(_from_proto(source))
+        return _from_proto(source)
     if isinstance(source, str | os.PathLike):
         text = str(os.fspath(cast("str", source)))
         if ":" in text and not pathlib.Path(text).exists() and not text.endswith(".onnx"):
-            return _repair(_from_torch(load_object(text, "model")))
-        return _repair(_from_file(pathlib.Path(text)))
-    return _repair(_from_torch(source))
+            return None
+        return _from_file(pathlib.Path(text))
+    return None
 
 
 def load_object(text: str, what: str) -> Any:
