@@ -253,6 +253,7 @@ class Watch:
     * ``before``: called with a pass and a copy of the model that it will run on.
     * ``after``: called with (position, pass, model, step) after each pass.
     * ``verify``: check the graph after each pass.
+    * ``known``: findings of the model as captured; those that are there at the start if None.
     * ``check_numerics``: raise VerifyError if a pass that keeps the float function did not.
     """
 
@@ -260,6 +261,7 @@ class Watch:
     before: Callable[[Pass, ir.Model], None] | None = None
     after: Callable[[int, Pass, ir.Model, Step], None] | None = None
     verify: bool = True
+    known: Sequence[str] | None = None
     check_numerics: bool = False
 
 
@@ -282,7 +284,7 @@ def run(
     """
     watch = watch or Watch()
     steps: list[Step] = []
-    known = verify.findings(model)
+    known = verify.findings(model) if watch.known is None else watch.known
     ids = {o for node in model.graph for o in graph.origins(node)}
     sqnr = watch.measure(model) if watch.measure and passes else None
     before = text.render(model, weights=True)
@@ -328,12 +330,12 @@ def _step(
         raise PassError(f"{step}: {error}") from error
     _forget(model, step.invalidates)
     seconds = time.perf_counter() - started
-    if watch.verify:
+    after = text.render(model, weights=True)
+    if watch.verify and after != before:
         try:
             verify.verify(model, known, ids)
         except VerifyError as error:
             raise VerifyError(f"broke the graph: {error}") from error
-    after = text.render(model, weights=True)
     changed = text.changes(before, after)
     measured = watch.measure(model) if watch.measure and changed else sqnr
     if watch.check_numerics and step.keeps_float and measured is not None:

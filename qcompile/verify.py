@@ -17,6 +17,11 @@ from qcompile.errors import VerifyError
 
 def findings(model: ir.Model) -> list[str]:
     """What is wrong with the graph, in our words, then ONNX's own full check; empty if nothing."""
+    return structure(model) or _onnx_findings(model)
+
+
+def structure(model: ir.Model) -> list[str]:
+    """What is wrong with names, order and specs, in our words; empty if nothing."""
     found: list[str] = []
     known: set[str] = set()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
@@ -44,7 +49,7 @@ def findings(model: ir.Model) -> list[str]:
     for value in model.graph.outputs:
         if value.name not in known:
             found.append(f"output {value.name!r} is written by nothing")
-    return found or _onnx_findings(model)
+    return found
 
 
 def _onnx_findings(model: ir.Model) -> list[str]:
