@@ -90,7 +90,8 @@ class Target(abc.ABC):
     def _refuse(self, form: str, held: Sequence[str], what: str, where: str) -> None:
         if form not in (*held, "float"):
             raise TargetError(
-                f"{self} holds no {form} {what} (asked for by {where}); it holds {', '.join(held)}"
+                f"{self} holds no {form} {what} (asked for by {where}); "
+                f"it holds {', '.join(held) or 'float alone'}"
             )
 
     def lower(self, model: ir.Model) -> dict[str, int]:
@@ -187,11 +188,12 @@ class Lowering:
 
         ``wide`` stores codes of fewer bits in 8, which integer kernels want beside an int8 input.
         """
-        codes, grid = self.codes(use.value, decided)
         value = use.value
+        grid = self.weight_grid(decided)
         key = (value, repr((decided, wide)).encode())
         if key not in self._pairs:
             stored = IntFormat(8, grid.format.signed) if wide else grid.format
+            codes = self._packed(value, decided, stored)
             scale = self.model.graph.initializers[decided.scale]
             self._pairs[key] = self._dequantize_weight(value, codes, grid, stored, scale)
             self._grids[self._pairs[key]] = grid
@@ -204,30 +206,51 @@ class Lowering:
         if grid is not None:
             self._grids[value] = grid
 
-    def codes(self, weight: ir.Value, decided: TensorSpec) -> tuple[numerics.Codes, Grid]:
-        """The codes of ``weight``, as fitted or else rounded to the nearest, and their grid."""
+    def weight_grid(self, decided: TensorSpec) -> Grid:
+        """The grid of a weight."""
         initializers = self.model.graph.initializers
-        scale = graph.constant(initializers[decided.scale]).astype(np.float32)
-        zero = np.zeros(scale.shape, np.int32)
+        scale = graph.constant(initializers[decided.scale]).astype(np.float32, copy=False)
+        zero = np.broadcast_to(np.int32(0), scale.shape)  # takes no memory
         if decided.zero_point:
             zero = numerics.unpack(_tensor(initializers[decided.zero_point]))
         form = numerics.parse_format(decided.format)
-        grid = Grid(form, scale, zero, decided.axis, decided.block)
+        return Grid(form, scale, zero, decided.axis, decided.block)
+
+    def codes(self, weight: ir.Value, decided: TensorSpec) -> numerics.Codes:
+        """The codes of ``weight``, as fitted or else rounded to the nearest."""
         if decided.codes:
-            return numerics.unpack(_tensor(initializers[decided.codes])), grid
-        return grid.quantize(graph.constant(weight).astype(np.float32)), grid
+            return numerics.unpack(_tensor(self.model.graph.initializers[decided.codes]))
+        array = graph.constant(weight).astype(np.float32, copy=False)
+        return self.weight_grid(decided).quantize(array)
+
+    def _packed(
+        self, weight: ir.Value, decided: TensorSpec, stored: IntFormat
+    ) -> ir.TensorProtocol:
+        """The codes of ``weight`` as stored; computed when they are written if it is in a file.
+
+        The codes of a model larger than memory may be too large for it as well.
+        """
+        if decided.codes or not isinstance(weight.const_value, ir.ExternalTensor):
+            return numerics.pack(self.codes(weight, decided), stored, "")
+        tensor, grid = weight.const_value, self.weight_grid(decided)
+
+        def compute() -> ir.TensorProtocol:
+            array = graph.read_tensor(tensor).astype(np.float32, copy=False)
+            return numerics.pack(grid.quantize(array), stored, "")
+
+        return ir.LazyTensor(compute, stored.dtype, ir.Shape(tensor.shape.numpy()))
 
     def _dequantize_weight(
         self,
         value: ir.Value,
-        codes: numerics.Codes,
+        codes: ir.TensorProtocol,
         grid: Grid,
         stored: IntFormat,
         scale: ir.Value,
     ) -> ir.Value:
         name = value.name or "weight"
         inputs = [
-            graph.add_constant(self.model, f"{name}/codes", numerics.pack(codes, stored, "")),
+            graph.add_constant(self.model, f"{name}/codes", codes),
             scale,
             self._zero_point(name, grid, stored),
         ]

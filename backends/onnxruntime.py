@@ -58,9 +58,8 @@ class OrtCpu(Target):
         """Open the graph as the runtime optimized it and find each layer's kernel by node name."""
         with tempfile.TemporaryDirectory(prefix="qcompile-") as scratch:
             path = pathlib.Path(scratch) / "optimized.onnx"
-            execute.Session(folder / "model.onnx", save_optimized=path)
-            optimized = execute.load(path)
-            return kernels(optimized, model)
+            execute.optimize(folder / "model.onnx", path)
+            return kernels(execute.load(path), model)
 
 
 def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
-from qcompile import execute, graph, sources
+from qcompile import execute, graph, ports
 from qcompile.backends import trt_plan, trt_rules
 from qcompile.backends.base import Ran, Rule, Target, float_in_file, together, why_float
 from qcompile.backends.trt_build import Answer, Request
@@ -26,10 +26,12 @@ CAPABILITIES = (75, 80, 86, 89, 120, 121)
 
 @dataclasses.dataclass(frozen=True)
 class TensorRtRtx(Target):
-    """TensorRT-RTX: engines for the compute capabilities ``cc`` (none: portable), no GPU needed.
+    """TensorRT-RTX: engines for one or several compute capabilities, built without a GPU.
 
     Holds symmetric int8 activations with int8 weights, and int4 block weights alone. Engines are
     built in a child process and are not run here: the proof says "built, not run".
+
+    * ``cc``: compute capabilities, such as 89; none makes a portable engine.
     """
 
     name: ClassVar[str] = "tensorrt-rtx"
@@ -105,17 +107,24 @@ class TensorRtRtx(Target):
 def profile(model: ir.Model, calibration: Calibration | None) -> dict[str, list[list[int]]]:
     """For each input with a dynamic dimension its smallest, first and largest calibration shape.
 
-    Raises TargetError if there is a dynamic dimension and no data.
+    Where ``--shape`` gives one, that is all three. Raises TargetError if there is a dynamic
+    dimension, no shape and no data.
     """
     shapes: dict[str, list[list[int]]] = {}
-    for wanted in sources.inputs_of(model):
-        if None in wanted.shape:
-            if calibration is None:
-                raise TargetError(f"{wanted} is dynamic: give --calib, whose shapes bound it")
-            seen = [list(sample[wanted.name].shape) for sample in calibration.data.samples]
-            least = [min(dims) for dims in zip(*seen, strict=True)]
-            most = [max(dims) for dims in zip(*seen, strict=True)]
-            shapes[wanted.name] = [least, seen[0], most]
+    for wanted in ports.inputs_of(model):
+        if None not in wanted.shape:
+            continue
+        if wanted.chosen is not None:
+            seen = [list(wanted.chosen)]
+        elif calibration is not None:
+            seen = [list(shape) for shape in calibration.data.samples.shapes(wanted.name)]
+        else:
+            raise TargetError(
+                f"{wanted} is dynamic: give --calib, whose shapes bound it, or --shape"
+            )
+        least = [min(dims) for dims in zip(*seen, strict=True)]
+        most = [max(dims) for dims in zip(*seen, strict=True)]
+        shapes[wanted.name] = [least, seen[0], most]
     return shapes
 
 

@@ -99,7 +99,8 @@ def _bias_can_move(layer: Layer) -> bool:
 
 def _add_to_bias(low: Lowering, layer: Layer, middle: float) -> None:
     assert layer.weight.spec is not None
-    codes, grid = low.codes(layer.weight.value, layer.weight.spec)
+    grid = low.weight_grid(layer.weight.spec)
+    codes = low.codes(layer.weight.value, layer.weight.spec)
     weight = grid.dequantize(codes)
     moved = middle * weight.astype(np.float64).sum(axis=layer.reduce_axis)
     if layer.bias is not None:

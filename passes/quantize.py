@@ -114,11 +114,14 @@ def decide_weights(model: ir.Model, layers: list[Layer], how: Quantize, ctx: Con
     if not layers:
         return
     form = numerics.parse_format(how.weight)
-    axes = [_axes(layer, how) for layer in layers]
-    arrays = [graph.constant(layer.weight.value).astype(np.float32) for layer in layers]
+    # One weight at a time, for a model larger than memory.
+    jobs = (
+        (graph.constant(layer.weight.value).astype(np.float32, copy=False), _axes(layer, how))
+        for layer in layers
+    )
     search = functools.partial(_grid, form=form, method=how.method)
-    jobs = list(zip(arrays, axes, strict=True))
-    grids = ctx.map(search, jobs, "weights") if how.method != "minmax" else list(map(search, jobs))
+    quick = how.method == "minmax"
+    grids = map(search, jobs) if quick else ctx.map(search, jobs, "weights", len(layers))
     made: dict[tuple[ir.Value, int | None, int | None], TensorSpec] = {}
     for layer, grid in zip(layers, grids, strict=True):
         key = (layer.weight.value, grid.axis, grid.block)

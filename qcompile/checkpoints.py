@@ -3,8 +3,9 @@
 After each pass the model and what the passes did are kept in ``folder()/<key>/``, which appears
 whole or not at all. The key is a hash of all that the state depends on: the captured model, the
 data, the seed, the text of each pass so far, the code, the versions, and the target behind the
-fork. A state is written when ``SECONDS`` of work would be lost otherwise, or always with
-``--resume``; the oldest go when all together exceed ``LIMIT_BYTES``.
+fork. With ``--resume`` a state is written behind every pass; without, when ``SECONDS`` of work
+would be lost and the weights are below an eighth of ``LIMIT_BYTES``. The oldest go when all
+together exceed that limit.
 
 The folder is ``$QCOMPILE_CACHE``, or ``~/.cache/qcompile/runs``; it may be deleted at any time.
 """
@@ -72,7 +73,8 @@ class Checkpoints:
 
     def save(self, key: str, model: ir.Model, steps: Sequence[Step]) -> None:
         """Keep the state ``key`` if enough work would be lost; a full disk is said, no error."""
-        if not self.resume and time.monotonic() - self._since < SECONDS:
+        large = execute.weight_bytes(model) > LIMIT_BYTES // 8
+        if not self.resume and (large or time.monotonic() - self._since < SECONDS):
             return
         try:
             with folders.appearing(folder() / key) as place:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,8 +22,9 @@ runtime: Any = onnxruntime  # untyped
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
-# Protobuf cannot hold 2 GiB; above this a model goes through a file with external data.
-_IN_MEMORY_BYTES = 1 << 30
+# Protobuf holds a model twice while it reads or writes it, and never 2 GiB of it; above this the
+# weights go into a file of their own.
+_IN_MEMORY_BYTES = 256 << 20
 
 
 class Session:
@@ -31,7 +34,6 @@ class Session:
         model: the graph, or the path of a file.
         optimize: whether the runtime may rewrite the graph.
         threads: threads inside an operator.
-        save_optimized: where to write the graph as optimized.
 
     Raises TargetError if the runtime refuses the model.
     """
@@ -42,7 +44,6 @@ class Session:
         *,
         optimize: bool = True,
         threads: int | None = None,
-        save_optimized: str | os.PathLike[str] | None = None,
     ) -> None:
         options: Any = runtime.SessionOptions()
         options.log_severity_level = 4
@@ -51,8 +52,6 @@ class Session:
         options.inter_op_num_threads = 1
         if not optimize:
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if save_optimized is not None:
-            options.optimized_model_filepath = os.fspath(save_optimized)
         self._stack = contextlib.ExitStack()
         try:
             source = self._source(model)
@@ -87,6 +86,39 @@ class Session:
         except Exception as error:  # see above
             raise TargetError(f"ONNX Runtime fails to run the model: {error}") from error
         return dict(zip(names, results, strict=True))
+
+
+def optimize(path: pathlib.Path, optimized: pathlib.Path) -> None:
+    """Write what ONNX Runtime makes of the file ``path`` to ``optimized``.
+
+    In a process of its own: the weights of both are in its memory, and go with it. Raises
+    TargetError if the runtime refuses the model, or crashes.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _OPTIMIZE, os.fspath(path), os.fspath(optimized)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise TargetError(f"ONNX Runtime refuses the model: {lines[-1]}")
+
+
+# Imports nothing of qcompile, so that it starts fast. Without prepacking, which no rewrite needs,
+# the weights are not copied once more.
+_OPTIMIZE = """
+import sys
+import onnxruntime
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+options.optimized_model_filepath = sys.argv[2]
+for key, value in (
+    ("disable_prepacking", "1"),
+    ("optimized_model_external_initializers_file_name", "optimized.data"),
+    ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
+):
+    options.add_session_config_entry(f"session.{key}", value)
+onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+"""
 
 
 def weight_bytes(model: ir.Model) -> int:

@@ -279,7 +279,7 @@ def constant(value: ir.Value) -> Array:
     node = value.producer()
     if node is None:
         assert value.const_value is not None, value.name
-        return value.const_value.numpy()
+        return read_tensor(value.const_value)
     if node.op_type == "Constant":
         tensor = ir.convenience.get_const_tensor(value)
         assert tensor is not None
@@ -299,6 +299,18 @@ def constant(value: ir.Value) -> Array:
     return array
 
 
+def read_tensor(tensor: ir.TensorProtocol) -> Array:
+    """The array of ``tensor``; of one in a file a copy, so that nothing of the file stays mapped.
+
+    A model larger than memory is read weight by weight.
+    """
+    if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype.bitwidth < 8:
+        return tensor.numpy()
+    kind = np.dtype(tensor.dtype.numpy())
+    array = np.fromfile(tensor.path, kind, tensor.size, offset=tensor.offset or 0)
+    return array.reshape(tensor.shape.numpy())
+
+
 def origins(node: ir.Node) -> tuple[str, ...]:
     """The ids of the captured layers that ``node`` stands for; none for a node of ours."""
     text = node.metadata_props.get(ORIGIN)
@@ -312,6 +324,8 @@ def tensor_digest(tensor: ir.TensorProtocol) -> str:
         return str(meta["qcompile.digest"])
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.tobytes())
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()  # unmap the file
     if meta is not None:
         meta["qcompile.digest"] = digest.hexdigest()
     return digest.hexdigest()

@@ -28,6 +28,9 @@ Codes = npt.NDArray[np.int32]
 Number = TypeVar("Number", np.float32, np.int32)
 RangeMethod = Literal["minmax", "percentile", "mse", "pnorm"]
 RANGE_METHODS: tuple[str, ...] = get_args(RangeMethod)
+# Activations have histograms; entropy needs one.
+ActivationMethod = Literal["minmax", "percentile", "mse", "pnorm", "entropy"]
+ACTIVATION_METHODS: tuple[str, ...] = get_args(ActivationMethod)
 
 # The smallest normal float32: a smaller scale would turn a division into infinities.
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
@@ -91,36 +94,47 @@ class Grid:
 
     def quantize(self, array: Floats) -> Codes:
         """The codes of ``array``, in its shape, as int32."""
-        scale, zero_point = self._spread(array.shape)
+        # In place, because one weight of a large model is most of the memory there is.
+        blocks = self._blocks(array.shape)
         with np.errstate(over="ignore"):
-            codes = np.rint(array.astype(np.float32) / scale) + zero_point
-        return np.clip(codes, self.format.low, self.format.high).astype(np.int32)
+            codes = array.astype(np.float32, copy=False).reshape(blocks) / self._spread(
+                self.scale, array.ndim
+            )
+        np.rint(codes, out=codes)
+        if self.zero_point.any():
+            codes += self._spread(self.zero_point, array.ndim)
+        np.clip(codes, self.format.low, self.format.high, out=codes)
+        return codes.astype(np.int32).reshape(array.shape)
 
     def dequantize(self, codes: Codes) -> Floats:
         """The values that ``codes`` stand for, as float32."""
-        scale, zero_point = self._spread(codes.shape)
-        return (codes - zero_point).astype(np.float32) * scale
+        split = codes.reshape(self._blocks(codes.shape))
+        centred = (
+            split - self._spread(self.zero_point, codes.ndim) if self.zero_point.any() else split
+        )
+        values = centred.astype(np.float32)
+        values *= self._spread(self.scale, codes.ndim)
+        return values.reshape(codes.shape)
 
     def round_trip(self, array: Floats) -> Floats:
         """``array`` after quantize and dequantize."""
         return self.dequantize(self.quantize(array))
 
-    def _spread(self, shape: tuple[int, ...]) -> tuple[Floats, Codes]:
-        return (
-            spread(self.scale, shape, self.axis, self.block),
-            spread(self.zero_point, shape, self.axis, self.block),
-        )
+    def _blocks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """``shape`` with the axis of the blocks split into their number and ``block``."""
+        if self.axis is None or self.block is None:
+            return shape
+        axis = self.axis % len(shape)
+        return (*shape[:axis], shape[axis] // self.block, self.block, *shape[axis + 1 :])
 
-
-def spread(
-    scale: npt.NDArray[Number], shape: tuple[int, ...], axis: int | None, block: int | None
-) -> npt.NDArray[Number]:
-    """``scale`` in a shape that broadcasts against an array of ``shape``."""
-    if axis is None:
-        return scale
-    if block is None:
-        return scale.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
-    return np.repeat(scale, block, axis=axis)
+    def _spread(self, each: npt.NDArray[Number], rank: int) -> npt.NDArray[Number]:
+        """A number for each tensor, channel or block so that it broadcasts against ``_blocks``."""
+        if self.axis is None:
+            return each
+        if self.block is None:
+            axis = self.axis % rank
+            return each.reshape([-1 if i == axis else 1 for i in range(rank)])
+        return np.expand_dims(each, self.axis % rank + 1)
 
 
 def to_rows(array: Floats, axis: int | None, block: int | None) -> tuple[Floats, tuple[int, ...]]:
@@ -222,14 +236,15 @@ def histogram_range(
     counts: npt.NDArray[np.int64],
     edges: npt.NDArray[np.float64],
     form: IntFormat,
-    method: RangeMethod,
+    method: ActivationMethod,
     percentile: float = 99.99,
     power: float = 2.4,
 ) -> tuple[float, float]:
     """The range of an activation from a histogram with ``counts`` [n] and ``edges`` [n + 1].
 
-    The first and last edges are the extremes seen. The searches shrink each end on its own (two
-    rounds of coordinate search) on an asymmetric grid of ``form``; bins stand for their centres.
+    The first and last edges are the extremes seen. ``mse`` and ``pnorm`` shrink each end on its own
+    (two rounds of coordinate search) on an asymmetric grid of ``form``; bins stand for their
+    centres. ``entropy`` is ``entropy_threshold`` on either side of zero.
     """
     filled = np.flatnonzero(counts)
     if filled.size == 0:
@@ -244,6 +259,13 @@ def histogram_range(
         return float(edges[first]), float(edges[min(last, counts.size - 1) + 1])
     centres = ((edges[:-1] + edges[1:]) / 2)[filled]
     weights = counts[filled].astype(np.float64)
+    if method == "entropy":
+        # Not more bins than there are, however far from zero they lie.
+        width = max(float(edges[1] - edges[0]), max(-low, high) / counts.size)
+        bins = np.floor(np.abs(centres) / width).astype(np.int64)
+        magnitudes = np.bincount(bins, weights).astype(np.float64)
+        threshold = width * entropy_threshold(magnitudes, (form.high - form.low + 1) // 2)
+        return max(low, -threshold), min(high, threshold)
     exponent = 2.0 if method == "mse" else power
 
     def loss(low: float, high: float) -> float:
@@ -259,6 +281,51 @@ def histogram_range(
         best_high = min(ends(high), key=lambda end: loss(best_low, end))
         best_low = min(ends(low), key=lambda end: loss(end, best_high))
     return best_low, best_high
+
+
+def entropy_threshold(counts: npt.NDArray[np.float64], levels: int) -> int:
+    """How many of the first bins of magnitudes, ``counts`` [n], to keep for a grid of ``levels``.
+
+    Our reconstruction of the search in Migacz, "8-bit Inference with TensorRT" (GTC 2017): for each
+    ``i`` the first ``i`` bins, what is clipped added to the last of them, are ``P``; the same bins
+    merged into ``levels`` of equal width, each spread evenly over its bins that are not empty, are
+    ``Q``; the ``i`` of the least ``KL(P || Q)`` is taken, the largest of equal ones. Where we
+    differ: the first bin counts no more than the second, because zero is on every grid and its
+    spike (behind a Relu) would favour the narrowest range; and ``i`` ends at a bin that is not
+    empty, because an empty one has no ``Q`` to stand for what is clipped.
+
+    All ``i`` are computed at once, from running sums.
+    """
+    if counts.size <= levels:
+        return counts.size
+    counts = counts.astype(np.float64)
+    counts[0] = min(counts[0], counts[1])
+    total = counts.sum()
+    kept = np.arange(levels, counts.size + 1)
+    kept = kept[counts[kept - 1] > 0]
+    if total == 0 or kept.size == 0:
+        return counts.size
+    mass = _running(counts)
+    filled = _running(counts > 0)
+    terms = _running(counts * np.log(np.where(counts > 0, counts, 1.0)))
+    # The first bin of each level, [candidates, levels + 1].
+    starts = -(-np.arange(levels + 1) * kept[:, None] // levels)
+    merged = np.diff(mass[starts], axis=1)
+    spread = np.diff(filled[starts], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        heights = np.where(merged > 0, np.log(merged / spread), 0.0)  # log Q, but for its sum
+    last = counts[kept - 1]
+    clipped = total - mass[kept]
+    own = terms[kept - 1] + (last + clipped) * np.log(last + clipped)
+    other = (merged * heights).sum(axis=1) + clipped * heights[:, -1]
+    divergence = (own - other) / total - np.log(total) + np.log(mass[kept])
+    best = np.flatnonzero(divergence <= divergence.min() + 1e-12)
+    return int(kept[best[-1]])
+
+
+def _running(numbers: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Sums of the first 0, 1, ... of ``numbers``."""
+    return np.concatenate([[0.0], np.cumsum(numbers, dtype=np.float64)])
 
 
 def pack(codes: Codes, form: IntFormat, name: str) -> ir.TensorProtocol:

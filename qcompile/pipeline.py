@@ -107,16 +107,19 @@ class Context:
         digest = hashlib.sha256(f"{self.seed}/{key}".encode()).digest()
         return np.random.default_rng(np.frombuffer(digest, np.uint32))
 
-    def map(self, function: Callable[[A], B], items: Sequence[A], label: str) -> list[B]:
+    def map(
+        self, function: Callable[[A], B], items: Iterable[A], label: str, total: int
+    ) -> list[B]:
         """``function`` of every item, in order; spread over processes by joblib's configuration.
 
-        ``function`` is pure: arrays and names in, arrays out, no IR objects, no sessions.
+        ``function`` is pure: arrays and names in, arrays out, no IR objects, no sessions. Items are
+        drawn as workers are free, so that a generator of them need not fit into memory.
         """
         library: Any = joblib  # untyped
         lazy: Iterable[B] = library.Parallel(n_jobs=self.jobs, return_as="generator")(
             library.delayed(function)(item) for item in items
         )
-        return list(self.progress(lazy, label, len(items)))
+        return list(self.progress(lazy, label, total))
 
     def data(self) -> Calibration:
         """The calibration data; raises PassError if there is none."""

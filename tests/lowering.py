@@ -91,7 +91,10 @@ def lower(
 def optimized(model: ir.Model | pathlib.Path, folder: pathlib.Path) -> ir.Model:
     """The graph that ONNX Runtime makes of ``model``."""
     path = folder / "optimized.onnx"
-    execute.Session(model, save_optimized=path)
+    source = folder / "lowered.onnx"
+    if isinstance(model, ir.Model):
+        execute.save(model, source)
+    execute.optimize(source if isinstance(model, ir.Model) else model, path)
     return compiler.load(path)
 
 
