@@ -1,7 +1,8 @@
 """Collect the range of every activation that a decision or a dialect may need.
 
 Range searches: percentile and MSE as in Nagel et al., "A White Paper on Neural Network
-Quantization" (arXiv 2106.08295, section 3.1); p-norm after LAPQ (arXiv 1911.07190).
+Quantization" (arXiv 2106.08295, section 3.1); p-norm after LAPQ (arXiv 1911.07190); entropy after
+Migacz, "8-bit Inference with TensorRT" (GTC 2017).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import onnx_ir as ir
 
 from qcompile import calibrate, graph, numerics
 from qcompile.errors import PassError
-from qcompile.numerics import IntFormat, RangeMethod
+from qcompile.numerics import ActivationMethod, IntFormat
 from qcompile.pipeline import Context, Pass, Stats
 
 
@@ -22,10 +23,14 @@ class Calibrate(Pass):
     """Write ``<value>/range``, float32 [low, high], for what layers read and write and what stands
     between them.
 
-    ``method``: ``minmax`` (the extremes), ``percentile`` (two-sided), ``mse`` or ``pnorm`` (shrink
-    each end until the error of a ``bits``-bit grid over a histogram of 2048 bins is least). Every
-    element of every sample is counted. Raises PassError without calibration data, and
+    Every element of every sample is counted. Raises PassError without calibration data, and
     CalibrationError if a value is NaN or infinite.
+
+    * ``method``: the extremes, the two-sided ``percentile``, each end shrunk until the mean
+      squared error (``mse``) or the mean of a power of it (``pnorm``) is least, or both ends cut at
+      the magnitude where the quantized histogram diverges least from the true one (``entropy``).
+    * ``percentile``: above 50, up to 100; of ``method=percentile``.
+    * ``bits``: of the grid of ``mse``, ``pnorm`` and ``entropy``, over a histogram of 2048 bins.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -33,7 +38,7 @@ class Calibrate(Pass):
     keeps_float: ClassVar[bool] = True
     reads_data: ClassVar[bool] = True
 
-    method: RangeMethod = "minmax"
+    method: ActivationMethod = "minmax"
     percentile: float = 99.99
     bits: int = 8
 

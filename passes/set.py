@@ -16,12 +16,16 @@ from qcompile.pipeline import Context, Pass, Stats
 
 @dataclasses.dataclass(frozen=True)
 class Set(Pass):
-    """Decide anew the layers that ``layer`` (globs over node names and operator types) matches.
+    """Decide anew the layers that a glob matches.
 
-    ``weight`` and ``input`` are formats, ``float``, or ``keep`` for what is decided already; a
-    float weight makes its input float as well, since no kernel takes only a quantized input.
-    ``input`` of a product of two activations is that of both. Raises PassError if a glob matches
-    no layer, or for ``weight=float`` beside a quantized ``input``.
+    A float weight makes its input float as well, since no kernel takes only a quantized input.
+    Raises PassError if a glob matches no layer, or for ``weight=float`` beside a quantized
+    ``input``.
+
+    * ``layer``: globs over the names and operator types of layers; must be given.
+    * ``weight``, ``input``: a format, ``float``, or ``keep`` for what is decided already; ``input``
+      of a product of two activations is that of both.
+    * ``granularity``, ``block``, ``method``: as those of quantize.
     """
 
     name: ClassVar[str] = "set"

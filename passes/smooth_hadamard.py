@@ -34,6 +34,9 @@ class SmoothHadamard(Pass):
 
     Left alone, and counted: layers whose K is not a multiple of ``block``, and inputs of unknown
     rank. A ``block`` that is no power of two raises PassError.
+
+    * ``block``: the size of the Hadamard matrix, a power of two.
+    * ``exclude``: globs over the names and operator types of layers.
     """
 
     name: ClassVar[str] = "smooth-hadamard"

@@ -15,7 +15,7 @@ import rich.progress
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
-from qcompile import __version__, compiler, crash, explain, report
+from qcompile import __version__, compiler, crash, explain, registry, report
 from qcompile.errors import Bug, QCompileError, RequirementError
 
 app = App(
@@ -38,6 +38,10 @@ def compile_command(
     passes: str = "@int8",
     target: Annotated[tuple[str, ...], Parameter(negative="")] = ("ort-cpu",),
     calib: str | None = None,
+    preprocess: str | None = None,
+    state: str | None = None,
+    mask: str | None = None,
+    shape: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     seed: int = 0,
     jobs: int = 1,
     require_fused: float | None = None,
@@ -64,8 +68,19 @@ def compile_command(
     target
         Target text, such as ort-cpu or 'tensorrt-rtx{cc=89}'; may be given several times.
     calib
-        Calibration data: an .npz file with arrays named like the inputs, or
-        package.module:iterable of dicts. 'random' is noise, and is marked as such everywhere.
+        Calibration data: an .npz file with arrays named like the inputs, a folder of such files or
+        of images, or package.module:iterable of dicts (or of lists of them: sequences). 'random'
+        is noise, and is marked as such everywhere.
+    preprocess
+        How images become samples, such as 'image{resize=256 crop=224 mean=123.7 std=58.4}';
+        fold=true puts it into the model.
+    state
+        Inputs that are fed from outputs of the frame before: INPUT=OUTPUT,...
+    mask
+        The input [batch, tokens] that is 1 where a position counts and 0 where it is padding.
+    shape
+        INPUT=1x3x224x224 fixes the dynamic dimensions of random data, images and profiles; may be
+        given several times.
     seed
         The seed of everything random; the same command writes the same model bytes.
     jobs
@@ -92,7 +107,8 @@ def compile_command(
         Show every layer, not only those that stay float.
     """
     options = compiler.Options(
-        passes=passes, targets=target, calib=calib, seed=seed, jobs=jobs, allow_float=allow_float,
+        passes=passes, targets=target, calib=calib, preprocess=preprocess, state=state, mask=mask,
+        shape=shape, seed=seed, jobs=jobs, allow_float=allow_float,
         check_numerics=check_numerics, verify=verify, print_after=print_after,
         print_changes=print_changes, snapshots=snapshots, latency=latency,
         require_fused=require_fused, resume=resume,
@@ -238,7 +254,7 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.exit(0)
     except Bug as error:
-        _complain("this is a bug of qcompile", error)
+        _complain(f"this is a bug of {registry.blame(error)}", error)
         if error.folder is not None:
             message = (
                 f"{error.folder} holds all that is needed to report it, its traceback included; "
@@ -246,9 +262,10 @@ def main() -> NoReturn:
             _err.print(message, end="", highlight=False, markup=False, soft_wrap=True)
             _err.print(f"qcompile replay {error.folder} runs it again", soft_wrap=True)
         sys.exit(BUG)
-    except Exception:
+    except Exception as error:
         _err.print_exception()
-        _err.print("[bold red]this is a bug of qcompile;[/bold red] please report the lines above")
+        fault = f"[bold red]this is a bug of {registry.blame(error)};[/bold red]"
+        _err.print(fault, "please report the lines above", soft_wrap=True)
         sys.exit(BUG)
     sys.exit(code if isinstance(code, int) else 0)
 

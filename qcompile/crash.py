@@ -21,6 +21,7 @@ from qcompile import execute, folders, pipeline, registry
 from qcompile.calibrate import Calibration
 from qcompile.errors import Bug, PassBug, QCompileError
 from qcompile.pipeline import Context
+from qcompile.sequences import Samples, State
 from qcompile.sources import Data
 
 # Samples in a reproducer: enough to fail again, few enough to send.
@@ -45,6 +46,8 @@ def write(error: Exception, out: pathlib.Path, part: Part, seed: int) -> Bug:
         with folders.appearing(place) as folder:
             (folder / "traceback.txt").write_text("".join(traceback.format_exception(error)))
             wanted = {"passes": part.passes, "target": part.target, "seed": seed, "error": what}
+            if part.calibration is not None:
+                wanted |= {"state": dict(part.calibration.state), "mask": part.calibration.mask}
             (folder / "run.json").write_text(json.dumps(wanted, indent=1) + "\n")
             if part.model is not None:
                 execute.save(part.model, folder / "model.onnx")
@@ -84,7 +87,7 @@ def replay(folder: pathlib.Path) -> list[str]:
 
     model = execute.load(folder / "model.onnx")
     target = parse_target(wanted["target"])
-    calibration = _calibration(folder / "data.npz")
+    calibration = _calibration(folder / "data.npz", wanted.get("state") or {}, wanted.get("mask"))
     context = Context(
         seed=wanted["seed"], calibration=calibration, target=target, reference=model.clone()
     )
@@ -97,7 +100,7 @@ def replay(folder: pathlib.Path) -> list[str]:
     return [f"{step.text}: {step.counters}" for step in steps]
 
 
-def _calibration(path: pathlib.Path) -> Calibration | None:
+def _calibration(path: pathlib.Path, state: State, mask: str | None) -> Calibration | None:
     if not path.exists():
         return None
     samples: dict[str, dict[str, Any]] = {}
@@ -105,4 +108,7 @@ def _calibration(path: pathlib.Path) -> Calibration | None:
         for key in archive.files:
             number, _, name = key.partition("/")
             samples.setdefault(number, {})[name] = archive[key]
-    return Calibration(Data("reproducer", list(samples.values())))
+    frames = list(samples.values())
+    # With state they are the start of one sequence, which may not be cut.
+    kept = Samples(frames, [0], state) if state else frames
+    return Calibration(Data("reproducer", kept), mask=mask)

@@ -81,7 +81,7 @@ class PassBug(Exception):
     """
 
     def __init__(self, name: str, cause: Exception, model: ir.Model, position: int) -> None:
-        self.model, self.position = model, position
+        self.name, self.model, self.position = name, model, position
         said = isinstance(cause, VerifyError)
         what = str(cause) if said else f"failed with {type(cause).__name__}: {cause}"
         super().__init__(f"pass {name} {what}")

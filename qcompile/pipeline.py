@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import joblib
@@ -108,18 +108,19 @@ class Context:
         return np.random.default_rng(np.frombuffer(digest, np.uint32))
 
     def map(
-        self, function: Callable[[A], B], items: Iterable[A], label: str, total: int
+        self, function: Callable[[A], B], items: Iterable[A], label: str, total: int | None = None
     ) -> list[B]:
         """``function`` of every item, in order; spread over processes by joblib's configuration.
 
         ``function`` is pure: arrays and names in, arrays out, no IR objects, no sessions. Items are
-        drawn as workers are free, so that a generator of them need not fit into memory.
+        drawn as workers are free, so that a generator of ``total`` of them need not fit into memory.
         """
         library: Any = joblib  # untyped
         lazy: Iterable[B] = library.Parallel(n_jobs=self.jobs, return_as="generator")(
             library.delayed(function)(item) for item in items
         )
-        return list(self.progress(lazy, label, total))
+        count = len(items) if isinstance(items, Sized) else total
+        return list(self.progress(lazy, label, count))
 
     def data(self) -> Calibration:
         """The calibration data; raises PassError if there is none."""
@@ -334,9 +335,9 @@ def _step(
     _forget(model, step.invalidates)
     seconds = time.perf_counter() - started
     after = text.render(model, weights=True)
-    if watch.verify and after != before:
+    if watch.verify:
         try:
-            verify.verify(model, known, ids)
+            verify.verify(model, known, ids, full=after != before)
         except VerifyError as error:
             raise VerifyError(f"broke the graph: {error}") from error
     changed = text.changes(before, after)

@@ -175,6 +175,19 @@ def convert(text: str, kind: Any) -> Any:
     return text
 
 
+def describe(kind: Any) -> str:
+    """What ``convert`` takes for the type ``kind``, in words."""
+    origin = get_origin(kind)
+    if origin is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if origin in (types.UnionType, typing.Union):
+        return f"{describe(next(a for a in get_args(kind) if a is not type(None)))}, or none"
+    if origin is tuple:
+        return f"list of {describe(get_args(kind)[0])}s"
+    words = {bool: "true or false", int: "whole number", float: "number"}
+    return words.get(kind, "word")
+
+
 def render(name: str, value: Any) -> str:
     """The text of one object: its name and the options that are not at their default."""
     shown: list[str] = []

@@ -37,7 +37,7 @@ def test_every_source_file_and_the_data_are_in_the_wheel(built: pathlib.Path) ->
     wanted = {
         f"{place}/{path.name}"
         for folder, place in {**FOLDERS, "models": "qcompile/models"}.items()
-        for pattern in ("*.py", "*.onnx", "*.npz", "*.json")
+        for pattern in ("*.py", "*.onnx", "*.npz", "*.json", "*.md")
         for path in (ROOT / folder).glob(pattern)
     }
     assert wanted - names == set()

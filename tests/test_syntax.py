@@ -125,6 +125,19 @@ def test_an_underscore_may_be_written_for_a_dash() -> None:
     assert build("tea{served_in=mug}") == build("tea{served-in=mug}") == [Tea(served_in="mug")]
 
 
+def test_what_an_option_takes_is_said_in_words() -> None:
+    assert {n: syntax.describe(t) for n, t in syntax.options_of(Tea).items()} == {
+        "sort": "one of green, black",
+        "cups": "whole number",
+        "strength": "number",
+        "milk": "true or false",
+        "sugar": "whole number, or none",
+        "guests": "list of words",
+        "minutes": "list of whole numbers",
+        "served_in": "word",
+    }
+
+
 def test_none_is_a_value_of_an_optional() -> None:
     assert build("tea{sugar=2},tea{sugar=none}") == [Tea(sugar=2), Tea(sugar=None)]
 
