@@ -26,7 +26,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from qcompile import execute, graph, opset, verify
+from qcompile import execute, graph, opset, strip, verify
 from qcompile.errors import CaptureError
 
 # The names that torch's exporter makes up, such as val_12.
@@ -41,12 +41,13 @@ _QUANTIZED = {
 }  # fmt: skip
 
 
-def capture(source: str | os.PathLike[str] | ir.Model | Any) -> ir.Model:
+def capture(source: str | os.PathLike[str] | ir.Model | Any, requantize: bool = False) -> ir.Model:
     """Read a model and repair it.
 
     Args:
         source: the path of an ``.onnx`` file; the text ``package.module:factory``; an
             ``onnx_ir.Model`` or ``onnx.ModelProto``; or what a factory may return (below).
+        requantize: take the Q/DQ of a model away that is quantized already.
 
     A factory takes no arguments and returns a ``torch.export.ExportedProgram``, or
     ``(module, example_inputs)``, or ``(module, example_inputs, dynamic_shapes)`` with
@@ -59,10 +60,10 @@ def capture(source: str | os.PathLike[str] | ir.Model | Any) -> ir.Model:
     """
     model = read(source)
     if model is not None:
-        return _repair(model)
+        return _repair(model, requantize)
     if isinstance(source, str):
         source = load_object(source, "model")
-    return _repair(_from_torch(source))
+    return _repair(_from_torch(source), requantize)
 
 
 def read(source: str | os.PathLike[str] | ir.Model | Any) -> ir.Model | None:
@@ -124,19 +125,16 @@ def _from_proto(proto: onnx.ModelProto) -> ir.Model:
         raise CaptureError(f"the model is broken: {error.__cause__ or error}") from error
 
 
-def _repair(model: ir.Model) -> ir.Model:
+def _repair(model: ir.Model, requantize: bool) -> ir.Model:
     opset.of(model)
-    inside = (node for function in model.functions.values() for node in function.all_nodes())
-    for node in (*model.graph.all_nodes(), *inside):
-        if node.op_type in _QUANTIZED:
-            name = node.name or next((v.name for v in node.outputs if v.name), "")
-            raise CaptureError(
-                f"the model is quantized already: node {name!r} is {node.op_type}; "
-                "start from the float model"
-            )
+    if not requantize:
+        _refuse_quantized(model)
     try:
         model = opset.inline(model)
         _tidy(model)
+        if requantize:
+            strip.strip(model)
+            _refuse_quantized(model)
         converted = opset.convert(model)
         if converted is not model:
             model = converted
@@ -158,6 +156,18 @@ def _repair(model: ir.Model) -> ir.Model:
             if value is not None and value.type is None and layer.weight.value.dtype is not None:
                 value.type = ir.TensorType(layer.weight.value.dtype)
     return model
+
+
+def _refuse_quantized(model: ir.Model) -> None:
+    inside = (node for function in model.functions.values() for node in function.all_nodes())
+    for node in (*model.graph.all_nodes(), *inside):
+        if node.op_type in _QUANTIZED:
+            name = node.name or next((v.name for v in node.outputs if v.name), "")
+            raise CaptureError(
+                f"the model is quantized already: node {name!r} is {node.op_type}; start from the "
+                "float model, or give --requantize, which takes pairs of QuantizeLinear and "
+                "DequantizeLinear away"
+            )
 
 
 def _tidy(model: ir.Model) -> None:
