@@ -314,7 +314,7 @@ def test_fold_bn_rewrites_the_convolution_only() -> None:
 @pytest.mark.parametrize("source", FOLDED)
 def test_fold_bn_folds_every_kind(source: str) -> None:
     model = graph(source)
-    assert run(model, FoldBn()) == [{"folded": 1, "left alone": 0}]
+    assert run(model, FoldBn()) == [{"folded": 1, "affine": 0, "left alone": 0}]
     assert "BatchNormalization" not in [n.op_type for n in model.graph]
 
 
@@ -333,7 +333,7 @@ def test_fold_bn_follows_the_algebra() -> None:
 def test_fold_bn_leaves_alone_what_it_cannot_fold(source: str) -> None:
     model = graph(source)
     before = text.render(model, weights=True)
-    assert run(model, FoldBn()) == [{"folded": 0, "left alone": 1}]
+    assert run(model, FoldBn()) == [{"folded": 0, "affine": 0, "left alone": 1}]
     assert text.render(model, weights=True) == before
 
 
@@ -342,7 +342,7 @@ def test_fold_bn_leaves_training_mode_alone() -> None:
         "y = BatchNormalization(", "y, m, v = BatchNormalization<training_mode=1>("
     )
     model = graph(source)
-    assert run(model, FoldBn()) == [{"folded": 0, "left alone": 1}]
+    assert run(model, FoldBn()) == [{"folded": 0, "affine": 0, "left alone": 1}]
 
 
 def test_fold_bn_leaves_the_other_reader_of_a_weight_alone() -> None:
@@ -359,8 +359,74 @@ def test_fold_bn_keeps_the_origin_of_the_layer() -> None:
     ]
 
 
+AFFINE = {
+    "a bias of a Conv": ("""(float[1,2,5,5] x)
+        => (float[1,4,5,5] y) <float[4,2,3,3] w, float[1,4,1,1] b> {
+        h = Conv<pads=[1,1,1,1]>(x, w) y = Add(h, b) }""", 1),
+    "a chain of all four": ("""(float[1,2,5,5] x) => (float[1,4,5,5] y)
+        <float[4,2,3,3] w, float[4] b, float[4,1,1] a, float[1] c, float d = {0.5},
+         float[4,1,1] e> {
+        h = Conv<pads=[1,1,1,1]>(x, w, b) i = Mul(a, h) j = Sub(c, i) k = Div(j, d)
+        y = Add(k, e) }""", 4),
+    "batch norm and affine": ("""(float[1,2,5,5] x) => (float[1,4,5,5] y)
+        <float[4,2,3,3] w, float[4] g, float[4] b, float[4] m, float[4] v = {1, 2, 3, 4},
+         float s> {
+        h = Conv<pads=[1,1,1,1]>(x, w) i = BatchNormalization(h, g, b, m, v) y = Mul(i, s) }""", 1),
+    "a Gemm": ("""(float[2,8] x) => (float[2,3] y) <float[3,8] w, float[3] b, float[1,3] a> {
+        h = Gemm<transB=1, beta=0.5>(x, w, b) y = Div(h, a) }""", 1),
+    "a Gemm with a bias of rows": ("""(float[2,8] x)
+        => (float[2,3] y) <float[8,3] w, float[2,3] b, float[3] a> {
+        h = Gemm(x, w, b) y = Add(h, a) }""", 1),
+    "a gain of a MatMul": ("""(float[2,5,8] x) => (float[2,5,3] y) <float[8,3] w, float[3] a> {
+        h = MatMul(x, w) y = Mul(h, a) }""", 1),
+    "a shift of a grouped ConvTranspose": ("""(float[1,4,5,5] x) => (float[1,4,6,6] y)
+        <float[4,2,2,2] w, float[1,4,1,1] b> {
+        h = ConvTranspose<group=2>(x, w) y = Add(h, b) }""", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AFFINE)
+def test_fold_bn_folds_what_batch_norm_decomposes_into(case: str) -> None:
+    source, count = AFFINE[case]
+    model = graph(source)
+    before = model.clone()
+    [found] = run(model, FoldBn())
+    assert found["affine"] == count
+    assert model.graph.num_nodes() == 1
+    assert_same_function(before, model)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        # one number a pixel, not a channel
+        """(float[1,2,5,5] x) => (float[1,4,5,5] y) <float[4,2,3,3] w, float[5] a> {
+            h = Conv<pads=[1,1,1,1]>(x, w) y = Mul(h, a) }""",
+        # more axes than the output
+        """(float[2,8] x) => (float[1,2,3] y) <float[8,3] w, float[1,1,3] a> {
+            h = MatMul(x, w) y = Mul(h, a) }""",
+        # a numerator, a divisor of zero
+        """(float[2,8] x) => (float[2,3] y) <float[8,3] w, float[3] a> {
+            h = MatMul(x, w) y = Div(a, h) }""",
+        """(float[2,8] x) => (float[2,3] y) <float[8,3] w, float[3] a = {1, 0, 1}> {
+            h = MatMul(x, w) y = Div(h, a) }""",
+        # another reader, an output
+        """(float[2,8] x) => (float[2,3] y, float[2,3] z) <float[8,3] w, float[3] a> {
+            h = MatMul(x, w) y = Mul(h, a) z = Neg(h) }""",
+        # a gain on a grouped ConvTranspose
+        """(float[1,4,5,5] x) => (float[1,4,6,6] y) <float[4,2,2,2] w, float[1,4,1,1] a> {
+            h = ConvTranspose<group=2>(x, w) y = Mul(h, a) }""",
+        # a channel of one, broadcast to more
+        """(float[1,2,5,5] x) => (float[1,4,5,5] y) <float[1,2,3,3] w, float[1,4,1,1] a> {
+            h = Conv<pads=[1,1,1,1]>(x, w) y = Add(h, a) }""",
+    ],
+)
+def test_fold_bn_leaves_other_arithmetic_alone(source: str) -> None:
+    assert changed(graph(source), FoldBn()) == []
+
+
 def test_fold_bn_without_batch_norm_is_no_error() -> None:
-    assert run(graph(CHAIN), FoldBn()) == [{"folded": 0, "left alone": 0}]
+    assert run(graph(CHAIN), FoldBn()) == [{"folded": 0, "affine": 0, "left alone": 0}]
 
 
 # -- smooth-hadamard ----------------------------------------------------------------------------
