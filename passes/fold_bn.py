@@ -137,10 +137,7 @@ def _fold(model: ir.Model, layer: Layer, node: ir.Node, gain: Doubles, shift: Do
     if layer.node.op_type != "MatMul":
         _fold_bias(model, layer, gain, shift, weight.dtype)
     # What the layer writes has changed, so it takes the name of the value that it now computes.
-    written, name = node.outputs[0], node.outputs[0].name
-    graph.redirect(model, written, layer.output, keep=lambda _: False)
-    if not layer.output.is_graph_output():
-        written.name, layer.output.name = graph.unique(model, f"{name}/gone"), name
+    graph.replace(model, node.outputs[0], layer.output)
     graph.fuse(layer.node, node)
     model.graph.remove(node, safe=True)
 

@@ -72,10 +72,13 @@ class Simplify(Pass):
 
 
 def _to_pool(model: ir.Model, node: ir.Node) -> bool:
-    """Make a ReduceMean over the spatial axes of [N, C, ...] a GlobalAveragePool."""
+    """Make a ReduceMean over the spatial axes of [N, C, H, W, ...] a GlobalAveragePool.
+
+    Not of [N, T, C]: there it is part of a normalisation.
+    """
     entered = node.inputs[0] if node.op_type == "ReduceMean" and node.inputs else None
     rank = graph.rank_of(entered) if entered is not None else None
-    if entered is None or rank is None or rank < 3:
+    if entered is None or rank is None or rank < 4:
         return False
     axes = graph.attribute(node, "axes", None)
     if axes is None and len(node.inputs) > 1 and node.inputs[1] is not None:

@@ -128,7 +128,8 @@ def _step(fields: dict[str, Any]) -> Step:
 
 def _trim() -> None:
     """Delete the oldest states until all together are within the limit."""
-    places = sorted((p for p in folder().iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
+    whole = [p for p in folder().iterdir() if p.is_dir() and not p.name.startswith(".")]
+    places = sorted(whole, key=lambda p: p.stat().st_mtime)
     sizes = {p: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in places}
     total = sum(sizes.values())
     for place in places[:-1]:

@@ -478,6 +478,14 @@ def redirect(model: ir.Model, old: ir.Value, new: ir.Value, keep: Callable[[Use]
             model.graph.outputs[position] = new
 
 
+def replace(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
+    """Let ``new``, which computes the same as ``old``, have its readers, its name and its place."""
+    name = old.name
+    redirect(model, old, new, keep=lambda _: False)
+    if new.name != name:
+        old.name, new.name = unique(model, f"{name}/gone"), name
+
+
 def remove_dead(model: ir.Model) -> int:
     """Remove nodes that nothing reads, and initializers that neither a node nor a spec names.
 

@@ -7,8 +7,8 @@ import pathlib
 from qcompile.errors import QCompileError, nearest
 
 RECIPES = {
-    "int8": "simplify,fold-bn,calibrate,quantize,insert-qdq",
-    "int8-rotated": "simplify,fold-bn,smooth-hadamard,calibrate,quantize,insert-qdq",
+    "int8": "simplify,recompose,fold-bn,calibrate,quantize,insert-qdq",
+    "int8-rotated": "simplify,recompose,fold-bn,smooth-hadamard,calibrate,quantize,insert-qdq",
 }
 
 
