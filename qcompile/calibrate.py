@@ -1,6 +1,6 @@
 """Calibration data in, statistics out.
 
-A part of the samples is kept to judge (never seen by an observer), split off before anything is
+A part of the sequences is kept to judge (never seen by an observer), split off before anything is
 fitted. An *observer* reduces as it streams, so that memory does not grow with the number of
 samples, and every sample reaches every observer. Statistics are cached by the content of what
 computes a value, so nothing goes stale when weights change.
@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile import execute, graph
+from qcompile import execute, extremes, graph, patches, ports, sequences
 from qcompile.errors import CalibrationError
-from qcompile.sources import Data, Sample
+from qcompile.graph import Layer
+from qcompile.sequences import Sample, State
+from qcompile.sources import Data
 
+Array = npt.NDArray[Any]
 Observer = Literal["minmax", "histogram", "moments"]
 
-# At most this many samples are kept to judge, and at most a fifth of all.
+# At most this many sequences are kept to judge, and at most a fifth of all.
 JUDGES = 16
 BINS = 2048
+# A gram of this many columns takes half a GiB.
+LARGEST_GRAM = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,32 +51,66 @@ class Histogram:
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean and variance of each channel (axis 1 of rank 4 and above or rank 2, else the last)."""
+    """Mean and variance of each channel (axis 1 of rank 4 and above or rank 2, else the last).
+
+    Under a mask the channel is the last axis, and a value of rank 2 is one channel.
+    """
 
     mean: npt.NDArray[np.float64]
     variance: npt.NDArray[np.float64]
     count: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Gram:
+    """``X.T @ X`` summed over all rows of the input ``X`` [rows, K] of a layer, and their number.
+
+    ``matrix`` is [K, K]; [groups, K, K] for a Conv with groups.
+    """
+
+    matrix: npt.NDArray[np.float64]
+    rows: int
+
+
 Statistic = MinMax | Histogram | Moments
 
 
 class Calibration:
-    """Owns the data; answers requests for statistics, one sweep for all values of a request."""
+    """Owns the data; answers requests for statistics, one sweep for all values of a request.
+
+    Args:
+        data: the samples.
+        progress: wraps what is swept, with a label.
+        mask: the input [batch, tokens] that is 1 where a position counts and 0 where it is padding.
+            Values with these leading dimensions (see ports.lined_up) are not observed at padding.
+    """
 
     def __init__(
         self,
         data: Data,
         progress: Callable[..., Iterable[Any]] | None = None,
+        mask: str | None = None,
     ) -> None:
-        kept = min(JUDGES, len(data.samples) // 5)
+        kept = min(JUDGES, data.samples.sequences // 5)
         self.data = data
-        self.samples: list[Sample] = data.samples[: len(data.samples) - kept]
-        # With fewer than five samples nothing can be kept apart; the report says so.
-        self.judges: list[Sample] = data.samples[len(data.samples) - kept :] or data.samples
+        self.samples, judges = data.samples.split(kept)
+        # With fewer than five sequences nothing can be kept apart; the report says so.
+        self.judges = judges if kept else data.samples
         self.apart: bool = kept > 0
+        self.mask = mask
         self._progress = progress
         self._cache: dict[tuple[str, str], Statistic] = {}
+        self._grams: dict[tuple[str, str], Gram] = {}
+
+    @property
+    def state(self) -> State:
+        """The inputs that are fed from outputs of the frame before."""
+        return self.samples.state
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that statistics depend on, beside the model."""
+        return f"{self.data.digest} {self.mask}" if self.mask else self.data.digest
 
     def stats(
         self, model: ir.Model, values: Sequence[str], observer: Observer
@@ -80,12 +119,42 @@ class Calibration:
 
         Raises CalibrationError, naming value and sample, if one is NaN or infinite.
         """
-        keys = content_keys(model)
+        keys = content_keys(model, self.state)
         missing = [v for v in values if (keys[v], observer) not in self._cache]
         if missing:
             for name, found in self._sweep(model, missing, observer).items():
                 self._cache[keys[name], observer] = found
         return {v: self._cache[keys[v], observer] for v in values}
+
+    def grams(self, model: ir.Model, layers: Sequence[Layer]) -> dict[str, Gram]:
+        """The gram of the input of each of ``layers`` of ``model``, by the name of the layer.
+
+        ``X`` is the matrix that the weight is multiplied with: rows of a MatMul or Gemm, patches of
+        a Conv. Memory is that of the matrices; layers that read one input alike share theirs.
+
+        Raises CalibrationError for layers of another kind, above LARGEST_GRAM columns, and, naming
+        value and sample, if an input is NaN or infinite.
+        """
+        keys = content_keys(model, self.state)
+        kinds = {layer.name: patches.of(layer) for layer in layers}
+        wanted: dict[tuple[str, str], tuple[str, patches.Rows]] = {}
+        keyed: dict[str, tuple[str, str]] = {}
+        for layer in layers:
+            kind = kinds[layer.name]
+            if kind is None or layer.input is None:
+                raise CalibrationError(f"layer {layer.name!r} ({layer.kind}) has no gram")
+            if kind.columns > LARGEST_GRAM:
+                raise CalibrationError(
+                    f"the gram of layer {layer.name!r} has {kind.columns} columns; "
+                    f"at most {LARGEST_GRAM} fit"
+                )
+            value = layer.input.value.name or ""
+            key = keyed[layer.name] = keys[value], str(kind)
+            if key not in self._grams:
+                wanted[key] = value, kind
+        if wanted:
+            self._grams |= self._multiplied(model, wanted)
+        return {name: self._grams[key] for name, key in keyed.items()}
 
     def shapes(self, model: ir.Model) -> dict[str, tuple[int, ...]]:
         """The shape of every value of the main graph for the first sample."""
@@ -94,6 +163,8 @@ class Calibration:
         found = {name: tuple(np.shape(array)) for name, array in results.items()}
         return found | {n: tuple(a.shape) for n, a in self.samples[0].items()}
 
+    # -- sweeps ---------------------------------------------------------------------------------
+
     def _sweep(
         self, model: ir.Model, values: Sequence[str], observer: Observer
     ) -> dict[str, Statistic]:
@@ -101,82 +172,122 @@ class Calibration:
             return dict(self._extremes(model, values))
         if observer == "moments":
             return dict(self._moments(model, values))
-        extremes = cast("dict[str, MinMax]", self.stats(model, values, "minmax"))
-        return dict(self._histograms(model, extremes))
+        ranges = cast("dict[str, MinMax]", self.stats(model, values, "minmax"))
+        return dict(self._histograms(model, ranges))
 
     def _extremes(self, model: ir.Model, values: Sequence[str]) -> dict[str, MinMax]:
-        # The reductions run inside the graph, so that no activation leaves the runtime.
-        reduced = execute.fetch(model, values)
-        outputs = list(reduced.graph.outputs)
-        reduced.graph.outputs.clear()
-        for value in outputs:
-            # The runtime's extremes pass over a NaN that is not alone, so NaN is looked for apart.
-            bad = ir.Node("", "IsNaN", [value])
-            whole = ir.Node("", "Cast", bad.outputs, [ir.AttrInt64("to", ir.DataType.FLOAT)])
-            reduced.graph.extend([bad, whole])
-            bad.outputs[0].name, whole.outputs[0].name = f"nan/{value.name}", f"nans/{value.name}"
-            bad.outputs[0].type = ir.TensorType(ir.DataType.BOOL)
-            whole.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-            sides = (("ReduceMin", value), ("ReduceMax", value), ("ReduceMax", whole.outputs[0]))
-            for kind, read in sides:
-                node = ir.Node("", kind, [read], attributes=[ir.AttrInt64("keepdims", 0)])
-                reduced.graph.append(node)
-                node.outputs[0].name = f"{kind}/{read.name}"
-                node.outputs[0].type, node.outputs[0].shape = read.type, ir.Shape(())
-                reduced.graph.outputs.append(node.outputs[0])
+        lined = ports.lined_up(model, self.mask) if self.mask else ()
+        reduced, answers = extremes.reduced(model, values, self.state, self.mask, lined)
         session = execute.Session(reduced)
         low = np.full(len(values), np.inf)
         high = np.full(len(values), -np.inf)
-        for number, sample in enumerate(self._swept("ranges")):
-            answers = np.array(list(session.run(sample).values()), np.float64).reshape(-1, 3)
-            found, nans = answers[:, :2], answers[:, 2] > 0
+        runs = sequences.carry(session, self._swept("ranges"), self.state, answers)
+        for number, (feeds, results) in enumerate(runs):
+            self._counted(feeds, number)
+            rows = np.array(list(results.values()), np.float64).reshape(-1, 3)
+            found, nans = rows[:, :2], rows[:, 2] > 0
             for index in map(int, np.flatnonzero(nans | ~np.isfinite(found).all(axis=1))):
+                # A reduction of nothing gives (inf, -inf), which is no fault.
                 if not (np.isposinf(found[index, 0]) and np.isneginf(found[index, 1])):
-                    raise CalibrationError(
-                        f"value {values[index]!r} has NaN or infinity for sample {number}"
-                    )  # a reduction of nothing gives (inf, -inf), which is no fault
+                    raise self._not_finite(values[index], number)
             low, high = np.minimum(low, found[:, 0]), np.maximum(high, found[:, 1])
         low, high = np.where(low > high, 0.0, low), np.where(low > high, 0.0, high)
         return {v: MinMax(float(low[i]), float(high[i])) for i, v in enumerate(values)}
 
-    def _histograms(self, model: ir.Model, extremes: Mapping[str, MinMax]) -> dict[str, Histogram]:
-        edges = {
-            v: np.linspace(e.low, max(e.high, e.low + 1e-30), BINS + 1) for v, e in extremes.items()
-        }
-        counts = {v: np.zeros(BINS, np.int64) for v in extremes}
-        session = execute.Session(execute.fetch(model, list(extremes)))
-        for sample in self._swept("histograms"):
-            for name, array in session.run(sample).items():
-                low, high = edges[name][0], edges[name][-1]
-                index = ((array.ravel().astype(np.float64) - low) * (BINS / (high - low))).astype(
-                    np.int64
-                )
-                counts[name] += np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS)
-        return {v: Histogram(counts[v], edges[v]) for v in extremes}
+    def _histograms(self, model: ir.Model, ranges: Mapping[str, MinMax]) -> dict[str, Histogram]:
+        edges = {v: _edges(r) for v, r in ranges.items()}
+        counts = {v: np.zeros(BINS, np.int64) for v in ranges}
+        for name, array in self._observed(model, list(ranges), "histograms"):
+            low, high = edges[name][0], edges[name][-1]
+            index = ((array.ravel().astype(np.float64) - low) * (BINS / (high - low))).astype(
+                np.int64
+            )
+            counts[name] += np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS)
+        return {v: Histogram(counts[v], edges[v]) for v in ranges}
 
     def _moments(self, model: ir.Model, values: Sequence[str]) -> dict[str, Moments]:
         found: dict[str, Moments] = {}
-        session = execute.Session(execute.fetch(model, values))
-        for number, sample in enumerate(self._swept("moments")):
-            for name, array in session.run(sample).items():
-                if not np.isfinite(array).all():
-                    raise CalibrationError(
-                        f"value {name!r} has NaN or infinity for sample {number}"
-                    )
-                channel = 1 if array.ndim == 2 or array.ndim >= 4 else -1
-                rows = np.moveaxis(array, channel, -1).reshape(-1, array.shape[channel])
-                found[name] = _merge(found.get(name), rows.astype(np.float64))
+        for name, array in self._observed(model, values, "moments"):
+            channel = 1 if array.ndim == 2 or array.ndim >= 4 else -1
+            rows = np.moveaxis(array, channel, -1).reshape(-1, array.shape[channel])
+            found[name] = _merge(found.get(name), rows.astype(np.float64))
         return found
+
+    def _multiplied(
+        self, model: ir.Model, wanted: Mapping[tuple[str, str], tuple[str, patches.Rows]]
+    ) -> dict[tuple[str, str], Gram]:
+        found: dict[tuple[str, str], Gram] = {}
+        readers: dict[str, list[tuple[tuple[str, str], patches.Rows]]] = {}
+        for key, (value, kind) in wanted.items():
+            readers.setdefault(value, []).append((key, kind))
+            found[key] = Gram(np.zeros(kind.shape), 0)
+        for name, array in self._observed(model, list(readers), "grams"):
+            for key, kind in readers[name]:
+                rows = 0
+                for block in kind.blocks(array):
+                    columns = block.astype(np.float64)
+                    matrix = np.swapaxes(columns, -1, -2) @ columns
+                    found[key].matrix[...] += matrix
+                    rows += columns.shape[-2]
+                found[key] = Gram(found[key].matrix, found[key].rows + rows)
+        return found
+
+    def _observed(
+        self, model: ir.Model, values: Sequence[str], label: str
+    ) -> Iterator[tuple[str, Array]]:
+        """Each of ``values`` for each sample, by name.
+
+        Of what lines up with the mask only the positions that count, their axes as one: [count,
+        ...]. Raises CalibrationError if one is NaN or infinite.
+        """
+        session = execute.Session(sequences.fetch(model, values, self.state))
+        lined = ports.lined_up(model, self.mask) if self.mask else ()
+        runs = sequences.carry(session, self._swept(label), self.state, values)
+        for number, (feeds, results) in enumerate(runs):
+            counted = self._counted(feeds, number)
+            for name, array in results.items():
+                if counted is not None and name in lined:
+                    array = array[counted]
+                    array = array[:, None] if array.ndim == 1 else array
+                if not np.isfinite(array).all():
+                    raise self._not_finite(name, number)
+                yield name, array
+
+    def _counted(self, feeds: Sample, number: int) -> npt.NDArray[np.bool_] | None:
+        """Which positions of a sample count, or None without a mask."""
+        if self.mask is None:
+            return None
+        mask = feeds[self.mask]
+        if not np.isin(mask, (0, 1)).all():
+            raise CalibrationError(
+                f"mask {self.mask!r} has other numbers than 1 (counts) and 0 (padding) for "
+                f"{self.samples.where(number)}: {mask.min()} to {mask.max()}"
+            )
+        return mask.astype(bool)
+
+    def _not_finite(self, value: str, number: int) -> CalibrationError:
+        where = self.samples.where(number)
+        return CalibrationError(f"value {value!r} has NaN or infinity for {where}")
 
     def _swept(self, label: str) -> Iterable[Sample]:
         return self._progress(self.samples, label) if self._progress else self.samples
 
 
+def _edges(extremes: MinMax) -> npt.NDArray[np.float64]:
+    """The edges of the bins between two extremes, apart from each other if those are equal."""
+    least = 1e-6 * max(abs(extremes.low), abs(extremes.high), 1e-24)
+    return np.linspace(extremes.low, max(extremes.high, extremes.low + least), BINS + 1)
+
+
 def _merge(before: Moments | None, rows: npt.NDArray[np.float64]) -> Moments:
     """Moments of all rows so far (Chan, Golub and LeVeque's pairwise update)."""
-    mean, variance, count = rows.mean(axis=0), rows.var(axis=0), len(rows)
+    count, channels = rows.shape
     if before is None:
-        return Moments(mean, variance, count)
+        nothing: npt.NDArray[np.float64] = np.zeros(int(channels))
+        before = Moments(nothing, nothing, 0)
+    if count == 0:
+        return before
+    mean, variance = rows.mean(axis=0), rows.var(axis=0)
     total = before.count + count
     shift = mean - before.mean
     spread = before.variance * before.count + variance * count
@@ -184,13 +295,24 @@ def _merge(before: Moments | None, rows: npt.NDArray[np.float64]) -> Moments:
     return Moments(before.mean + shift * (count / total), spread / total, total)
 
 
-def content_keys(model: ir.Model) -> dict[str, str]:
+def content_keys(model: ir.Model, state: State | None = None) -> dict[str, str]:
     """A hash for each value of the main graph of all that computes it.
 
     Operators, attributes, tensor bytes and names of inputs count; names of inner values and specs
-    do not. Two values with one key hold the same numbers for the same data.
+    do not. Two values with one key hold the same numbers for the same data. What reads ``state``
+    depends on all that computes the state of the frame before.
     """
-    keys: dict[str, str] = {v.name or "": f"input {v.name}" for v in model.graph.inputs}
+    inputs = {v.name or "": f"input {v.name}" for v in model.graph.inputs}
+    keys = _content_keys(model, inputs)
+    if state:
+        given = hashlib.sha256("\n".join(keys[name] for name in state.values()).encode())
+        inputs |= {name: f"state {name} {given.hexdigest()}" for name in state}
+        keys = _content_keys(model, inputs)
+    return keys
+
+
+def _content_keys(model: ir.Model, inputs: Mapping[str, str]) -> dict[str, str]:
+    keys = dict(inputs)
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
             keys[name] = graph.tensor_digest(value.const_value)

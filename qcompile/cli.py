@@ -46,6 +46,7 @@ def compile_command(
     jobs: int = 1,
     require_fused: float | None = None,
     latency: bool = False,
+    requantize: bool = False,
     resume: bool = False,
     print_after: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     print_changes: bool = False,
@@ -89,6 +90,8 @@ def compile_command(
         Exit with 3 unless this percentage of the MACs runs in integers, by proof.
     latency
         Measure latency against float, interleaved, one thread (ort-cpu).
+    requantize
+        Take the Q/DQ pairs of a model away first that is quantized already.
     resume
         Keep the state after every pass, and go on from what a killed run left.
     print_after
@@ -111,7 +114,7 @@ def compile_command(
         shape=shape, seed=seed, jobs=jobs, allow_float=allow_float,
         check_numerics=check_numerics, verify=verify, print_after=print_after,
         print_changes=print_changes, snapshots=snapshots, latency=latency,
-        require_fused=require_fused, resume=resume,
+        require_fused=require_fused, requantize=requantize, resume=resume,
         log=_log, progress=_progress,
     )  # fmt: skip
     try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import gc
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+import shlex
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -21,8 +24,10 @@ from qcompile import (
     execute,
     folders,
     graph,
+    images,
     opset,
     pipeline,
+    ports,
     recipes,
     registry,
     report,
@@ -43,9 +48,9 @@ from qcompile.errors import (
     RequirementError,
     TargetError,
 )
+from qcompile.images import Image
 from qcompile.pipeline import Context, Pass, Step, Watch
 from qcompile.report import Report
-from qcompile.sources import Data
 
 # Below this the compiled model is hardly the same model; the report says so in red.
 POOR_DB = 10.0
@@ -60,19 +65,28 @@ class Options:
     """How to compile; every field is an option of the command line.
 
     * ``passes``: pipeline text or ``@recipe``; ``targets``: target texts.
-    * ``calib``: a source (see sources.load) or an iterable of samples.
+    * ``calib``: a source (see sources.load) or an iterable of samples or sequences.
+    * ``preprocess``: what makes images samples (see images.Image), as text; ``state``: pairs
+      ``INPUT=OUTPUT,...`` that flow from frame to frame; ``mask``: the input that says which
+      positions count; ``shape``: texts ``INPUT=1x3x224x224`` that fix dynamic dimensions of random
+      data, images and profiles.
     * ``allow_float``: accept a result in which nothing is quantized.
     * ``print_after``: pass names (or ``all``) after which the graph is printed;
       ``print_changes``: print the changed lines of every pass; ``snapshots``: a folder for the
       graph after each pass.
     * ``require_fused``: percentage of the MACs that must run below float precision, by proof.
     * ``latency``: measure latency against float, interleaved (``ort-cpu`` only).
+    * ``requantize``: take the Q/DQ of a model away that is quantized already.
     * ``resume``: keep the state after every pass, and go on from what a killed run left.
     """
 
     passes: str = "@int8"
     targets: tuple[str, ...] = ("ort-cpu",)
-    calib: str | Iterable[dict[str, Any]] | None = None
+    calib: str | os.PathLike[str] | Iterable[Any] | None = None
+    preprocess: str | None = None
+    state: str | None = None
+    mask: str | None = None
+    shape: tuple[str, ...] = ()
     seed: int = 0
     jobs: int = 1
     allow_float: bool = False
@@ -83,6 +97,7 @@ class Options:
     print_changes: bool = False
     snapshots: pathlib.Path | None = None
     latency: bool = False
+    requantize: bool = False
     resume: bool = False
     log: Callable[[str], None] = pipeline.silent
     progress: Callable[..., Iterable[Any]] = pipeline.no_progress
@@ -127,6 +142,11 @@ class Compiler:
         if least is not None and not 0 <= least <= 100:
             raise QCompileError(f"--require-fused is a percentage from 0 to 100, got {least:g}")
         self.options = options
+        self.image = None if options.preprocess is None else images.parse(options.preprocess)
+        self.state = None if options.state is None else ports.parse_state(options.state)
+        for what in ("state", "mask"):
+            if getattr(options, what) is not None and options.calib is None:
+                raise CalibrationError(f"--{what} says how to read calibration data: give --calib")
         self._findings: list[str] = []
         self.text = recipes.expand(options.passes)
         self.passes = pipeline.parse(self.text, registry.passes())
@@ -151,7 +171,8 @@ class Compiler:
         """Compile ``source`` into ``out``. Raises Bug, with a reproducer, for what is our fault."""
         self._part = crash.Part(None, self.text, str(self.targets[0]))
         try:
-            return self._run(source, out)
+            with _rare_collections():
+                return self._run(source, out)
         except QCompileError:
             raise
         except MemoryError as error:
@@ -170,18 +191,25 @@ class Compiler:
 
     def _run(self, source: Any, out: pathlib.Path) -> list[Compiled]:
         folders.check(out)
-        model = capture.capture(source)
+        model = capture.capture(source, self.options.requantize)
+        ports.choose_shapes(model, self.options.shape)
+        image = self._fold(model)
+        calibration = self._calibration(model, image)
+        if calibration is not None:
+            execute.complete_types(model, calibration.samples[0])
         reference = model.clone()
-        self._findings = [f"the model as captured: {f}" for f in verify.findings(model)]
-        calibration = self._calibration(model)
+        self._known = verify.findings(model)
+        self._findings = [f"the model as captured: {f}" for f in self._known]
         self._part = crash.Part(reference, self.text, str(self.targets[0]), calibration)
         judge = simulate.Judge(reference, calibration.judges) if calibration else None
         self._check_conversion(source, judge)
         shared, forked = pipeline.fork(self.passes)
         context = self._context(calibration, reference, self.targets[0])
         self._states = checkpoints.Checkpoints(self.options.resume, self.options.log)
-        data = calibration.data.digest if calibration else ""
-        first = checkpoints.first_key(model, data, str(self.options.seed))
+        data = calibration.digest if calibration else ""
+        first = checkpoints.first_key(
+            model, data, str(self.options.seed), " ".join(self.options.shape)
+        )
         keys = checkpoints.keys(first, shared)
         model, steps = self._through(model, shared, context, judge, "", 0, keys)
         results: list[Compiled] = []
@@ -229,7 +257,7 @@ class Compiler:
 
         assert context.target is not None
         watch = self._watch(judge, context.target, place, keep)
-        watch.before = before
+        watch.before, watch.known = before, self._known
         pipeline.run(model, passes, context, watch, position)
         return model, steps
 
@@ -242,6 +270,7 @@ class Compiler:
         if judge is None:
             self._findings.append(f"{what} was not checked by running: there is no data")
             return
+        self._fold(original)
         try:
             session = execute.Session(original, optimize=False)
         except TargetError as error:
@@ -301,8 +330,18 @@ class Compiler:
             name, context, target, decided, model, main, [*shared, *steps], judge
         )
         (folder / "report.json").write_text(finished.to_json())
-        (folder / "pipeline.txt").write_text(f"--passes '{self.text}' --target '{target}'\n")
+        (folder / "pipeline.txt").write_text(self._command(target))
         return Compiled(model, finished, folder)
+
+    def _command(self, target: Target) -> str:
+        """The options that make the same file of the same model and data."""
+        options, words = self.options, ["--passes", self.text, "--target", str(target)]
+        for what in ("preprocess", "state", "mask"):
+            given: str | None = getattr(options, what)
+            words += [] if given is None else [f"--{what}", given]
+        for given in options.shape:
+            words += ["--shape", given]
+        return shlex.join(words) + "\n"
 
     def _report(
         self,
@@ -367,7 +406,12 @@ class Compiler:
             jobs=options.jobs, log=options.log, progress=options.progress,
         )  # fmt: skip
 
-    def _calibration(self, model: ir.Model) -> Calibration | None:
+    def _fold(self, model: ir.Model) -> Image | None:
+        """Fold the preprocessing into ``model`` if asked to; return what is left outside."""
+        folded = self.image is not None and self.image.fold
+        return images.fold(model, self.image) if self.image and folded else self.image
+
+    def _calibration(self, model: ir.Model, image: Image | None) -> Calibration | None:
         options = self.options
         if options.calib is None:
             if any(p.reads_data for p in self.passes):
@@ -377,8 +421,16 @@ class Compiler:
                     "--calib random)"
                 )
             return None
-        data: Data = sources.load(options.calib, sources.inputs_of(model), options.seed)
-        return Calibration(data, options.progress)
+        inputs, outputs = ports.inputs_of(model), ports.outputs_of(model)
+        if self.state is not None:
+            ports.check_state(self.state, inputs, outputs)
+        if options.mask is not None:
+            ports.check_mask(options.mask, inputs)
+        data = sources.load(
+            options.calib, inputs, options.seed,
+            preprocess=image, state=self.state, outputs=outputs, log=options.log,
+        )  # fmt: skip
+        return Calibration(data, options.progress, options.mask)
 
     def _watch(
         self,
@@ -429,6 +481,20 @@ class Compiler:
         )
 
 
+@contextlib.contextmanager
+def _rare_collections() -> Generator[None]:
+    """Look for cyclic garbage a hundred times more rarely.
+
+    A graph is a million small objects that live on, and each look goes through all of them.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(before[0] * 100, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 def load(path: str | os.PathLike[str]) -> ir.Model:
     """Read an ONNX file as it is, without the repairs of capture."""
     try:
@@ -477,7 +543,8 @@ def _warnings(
     if calibration is not None and calibration.data.random:
         found.append("calibrated on random noise: ranges and accuracy say nothing about your data")
     if calibration is not None and not calibration.apart:
-        found.append("too few samples to keep any apart: accuracy is on the calibration samples")
+        what = "sequences" if calibration.state else "samples"
+        found.append(f"too few {what} to keep any apart: accuracy is on the calibration samples")
     for output in outputs:
         if not output.sqnr >= POOR_DB:
             found.append(f"output {output.name!r} has only {output.sqnr:.1f} dB of SQNR")
@@ -502,6 +569,9 @@ def _data_report(calibration: Calibration) -> report.DataReport:
         judged=len(calibration.judges),
         judged_apart=calibration.apart,
         random=calibration.data.random,
+        sequences=calibration.data.samples.sequences,
+        state=dict(calibration.state),
+        mask=calibration.mask,
     )
 
 

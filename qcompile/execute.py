@@ -178,6 +178,22 @@ def fetch(model: ir.Model, values: Sequence[str]) -> ir.Model:
     return clone
 
 
+def complete_types(model: ir.Model, feeds: Feeds) -> None:
+    """Give values of unknown type, those behind operators of other domains, the type of one run.
+
+    The shape stays unknown: that of one run need not be that of all.
+    """
+    unknown = [v for node in model.graph for v in node.outputs if v.name and v.type is None]
+    if not unknown:
+        return
+    names = [v.name or "" for v in unknown]
+    found = Session(fetch(model, names), optimize=False).run(feeds)
+    for value in unknown:
+        array = found[value.name or ""]
+        if isinstance(array, np.ndarray):
+            value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+
+
 def execute(
     model: ir.Model, feeds: Feeds, outputs: Sequence[str] | None = None
 ) -> dict[str, Array]:

@@ -72,7 +72,10 @@ class LeftAlone:
 
 @dataclasses.dataclass(frozen=True)
 class DataReport:
-    """Where the samples came from. ``judged_apart`` is false if there were too few to keep any."""
+    """Where the samples came from. ``judged_apart`` is false if there were too few to keep any.
+
+    Samples are counted by runs; ``sequences`` are those of all, and ``state`` flows inside them.
+    """
 
     source: str
     digest: str
@@ -80,6 +83,9 @@ class DataReport:
     judged: int
     judged_apart: bool
     random: bool
+    sequences: int
+    state: dict[str, str]
+    mask: str | None
 
 
 @dataclasses.dataclass(frozen=True)

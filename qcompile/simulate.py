@@ -8,17 +8,18 @@ runs on a device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile import execute, spec
+from qcompile import sequences, spec
 from qcompile.backends.base import Target
 from qcompile.execute import Session
-from qcompile.sources import Sample
+from qcompile.sequences import Sample, Samples
+from qcompile.spill import Spill
 
 Array = npt.NDArray[Any]
 
@@ -34,14 +35,16 @@ def simulate(model: ir.Model, target: Target) -> Session:
 class Judge:
     """Compares models with the float reference on samples that nothing was fitted on.
 
-    Powers are summed over all samples before they are divided, in float64.
+    Powers are summed over all samples before they are divided, in float64. Every model carries a
+    state of its own from frame to frame, so that what its state has lost counts.
     """
 
     def __init__(self, reference: ir.Model, samples: Sequence[Sample]) -> None:
-        self.samples = samples
+        self.samples = Samples.of(samples)
         self.outputs = [v.name or "" for v in reference.graph.outputs if _is_float(v)]
-        session = Session(reference)
-        self._wanted = [session.run(sample, self.outputs) for sample in samples]
+        self._wanted = Spill()
+        for results in self._results(Session(reference)):
+            self._wanted.append(results)
 
     def sqnr(self, session: Session) -> dict[str, float]:
         """SQNR in dB of each floating-point output of ``session``, by output name."""
@@ -50,9 +53,9 @@ class Judge:
     def cosine(self, session: Session) -> dict[str, float]:
         """Mean cosine similarity of each output over the samples, by output name."""
         found: dict[str, list[float]] = {name: [] for name in self.outputs}
-        for sample, wanted in zip(self.samples, self._wanted, strict=True):
-            for name, actual in session.run(sample, self.outputs).items():
-                found[name].append(cosine(wanted[name], actual))
+        for wanted, actual in zip(self._wanted, self._results(session), strict=True):
+            for name in self.outputs:
+                found[name].append(cosine(wanted[name], actual[name]))
         return {name: float(np.mean(values)) for name, values in found.items()}
 
     def worst(self, session: Session) -> float:
@@ -61,17 +64,14 @@ class Judge:
 
     def between(self, one: Session, other: Session) -> dict[str, float]:
         """SQNR in dB of ``other`` against ``one`` as the reference."""
-        return self._compare([one.run(sample, self.outputs) for sample in self.samples], other)
+        return self._compare(self._results(one), other)
 
-    def _compare(self, wanted: Sequence[dict[str, Array]], session: Session) -> dict[str, float]:
-        signal = dict.fromkeys(self.outputs, 0.0)
-        noise = dict.fromkeys(self.outputs, 0.0)
-        for sample, expected in zip(self.samples, wanted, strict=True):
-            for name, actual in session.run(sample, self.outputs).items():
-                reference = np.asarray(expected[name], np.float64)
-                signal[name] += float(np.sum(reference**2))
-                noise[name] += float(np.sum((np.asarray(actual, np.float64) - reference) ** 2))
-        return {name: ratio(signal[name], noise[name]) for name in self.outputs}
+    def _compare(self, wanted: Iterable[dict[str, Array]], session: Session) -> dict[str, float]:
+        return _sqnr_of(self.outputs, zip(wanted, self._results(session), strict=True))
+
+    def _results(self, session: Session) -> Iterator[dict[str, Array]]:
+        runs = sequences.carry(session, self.samples, self.samples.state, self.outputs)
+        return (results for _, results in runs)
 
 
 def sqnr(reference: npt.ArrayLike, actual: npt.ArrayLike) -> float:
@@ -104,16 +104,28 @@ def layer_sqnr(
     shared = [v for v in values if v in _names(reference) and v in _names(lowered)]
     if not shared:
         return {}
-    one = Session(execute.fetch(reference, shared), optimize=False)
-    other = Session(execute.fetch(lowered, shared), optimize=False)
-    signal, noise = dict.fromkeys(shared, 0.0), dict.fromkeys(shared, 0.0)
-    for sample in samples:
-        actual = other.run(sample)
-        for name, expected in one.run(sample).items():
-            expected = expected.astype(np.float64)
-            signal[name] += float(np.sum(expected**2))
-            noise[name] += float(np.sum((actual[name].astype(np.float64) - expected) ** 2))
-    return {name: ratio(signal[name], noise[name]) for name in shared}
+    state = Samples.of(samples).state
+    one, other = (
+        sequences.carry(
+            Session(sequences.fetch(model, shared, state), optimize=False), samples, state, shared
+        )
+        for model in (reference, lowered)
+    )
+    pairs = ((wanted, actual) for (_, wanted), (_, actual) in zip(one, other, strict=True))
+    return _sqnr_of(shared, pairs)
+
+
+def _sqnr_of(
+    names: Sequence[str], pairs: Iterable[tuple[dict[str, Array], dict[str, Array]]]
+) -> dict[str, float]:
+    """SQNR in dB of each name over pairs of what is wanted and what is."""
+    signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for wanted, actual in pairs:
+        for name in names:
+            reference = np.asarray(wanted[name], np.float64)
+            signal[name] += float(np.sum(reference**2))
+            noise[name] += float(np.sum((np.asarray(actual[name], np.float64) - reference) ** 2))
+    return {name: ratio(signal[name], noise[name]) for name in names}
 
 
 def _names(model: ir.Model) -> set[str]:

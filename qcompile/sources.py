@@ -1,210 +1,347 @@
 """Calibration sources: samples that fit a model, read from files or from Python.
 
-A *sample* is a complete dict of inputs, one run of the model. Whatever a source yields is checked
-against the inputs before anything runs.
+Whatever a source yields is checked against the inputs, one sample at a time, before anything runs,
+and kept in a temporary file, so that memory does not grow with the number of samples.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
+import itertools
+import os
 import pathlib
-import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
-from qcompile import capture
-from qcompile.errors import CalibrationError, nearest
+from qcompile import archives, capture, images, ports
+from qcompile.errors import CalibrationError, QCompileError
+from qcompile.images import Image
+from qcompile.ports import Port
+from qcompile.sequences import Sample, Samples, State
+from qcompile.spill import Spill
 
 Array = npt.NDArray[Any]
-Sample = dict[str, Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class Input:
-    """An input of the model: name, element type, and shape with None where it is dynamic."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | None, ...]
-
-    def __str__(self) -> str:
-        shape = ",".join("?" if d is None else str(d) for d in self.shape)
-        return f"{self.name}: {self.dtype}[{shape}]"
-
-
-def inputs_of(model: ir.Model) -> list[Input]:
-    """The inputs that a sample must hold."""
-    found: list[Input] = []
-    for value in model.graph.inputs:
-        dims = [d if isinstance(d, int) else None for d in value.shape or ()]
-        assert value.dtype is not None
-        found.append(Input(value.name or "", np.dtype(value.dtype.numpy()), tuple(dims)))
-    return found
-
-
-@dataclasses.dataclass
 class Data:
-    """Samples that fit a model, and where they came from."""
+    """Samples that fit a model, and where they came from.
 
-    source: str
-    samples: list[Sample]
-    random: bool = False
+    ``random`` marks noise. A list of samples is as good as a lazy one, for small data.
+    """
+
+    def __init__(self, source: str, samples: Sequence[Sample], random: bool = False) -> None:
+        self.source = source
+        self.samples = Samples.of(samples)
+        self.random = random
 
     @property
     def digest(self) -> str:
         """A hash of all samples."""
-        digest = hashlib.sha256()
-        for sample in self.samples:
-            for name in sorted(sample):
-                digest.update(f"{name}{sample[name].dtype}{sample[name].shape}".encode())
-                digest.update(np.ascontiguousarray(sample[name]).tobytes())
-        return digest.hexdigest()
+        return self.samples.digest
 
 
-def load(source: str | Iterable[Mapping[str, Any]], inputs: Sequence[Input], seed: int = 0) -> Data:
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    """What a source yields, not checked yet.
+
+    ``where`` names it in messages; ``first`` says that it starts a sequence, and ``alone`` that
+    the source does not speak of sequences.
+    """
+
+    arrays: Mapping[str, Any]
+    where: str
+    first: bool = True
+    alone: bool = True
+
+
+def load(
+    source: str | os.PathLike[str] | Iterable[Any],
+    inputs: Sequence[Port],
+    seed: int = 0,
+    *,
+    preprocess: Image | None = None,
+    state: State | None = None,
+    outputs: Sequence[Port] = (),
+    log: Callable[[str], None] = lambda _: None,
+) -> Data:
     """Read a source.
 
     Args:
-        source: the path of an ``.npz`` (arrays named like the inputs, with a leading sample axis,
-            or exactly the shape of the input for a constant); ``package.module:name`` of an
-            iterable of samples, or of a function that returns one; ``random`` for noise, which
-            calibrates nothing and is marked as such; or the iterable itself.
+        source: the path of an ``.npz`` (see archives.read) or of a folder of them; that of a
+            folder of images, which ``preprocess`` makes samples of; ``package.module:name`` of an
+            iterable, or of a function that returns one; ``random`` for noise, which calibrates
+            nothing and is marked as such; or the iterable itself. An iterable yields samples
+            (dicts of arrays) or sequences (lists or iterators of such dicts).
         inputs: what the model reads.
         seed: for ``random`` only.
+        preprocess: how an image becomes an input.
+        state: the inputs that are fed from outputs of the frame before, zero at the start of a
+            sequence unless its first frame holds them. If None, the inputs that sequences lack are
+            paired with ``outputs`` (see ports.pair), and ``log`` is told.
+        outputs: what the model writes.
 
     Raises CalibrationError if the source cannot be read or does not fit the model.
     """
-    if not isinstance(source, str):
-        return Data("python", _checked(source, inputs, "python"))
-    if source == "random":
-        return Data("random", _random(inputs, seed), random=True)
-    path = pathlib.Path(source)
-    if path.suffix == ".npz" or path.exists():
-        return Data(source, _checked(_npz(path, inputs), inputs, source))
-    if ":" not in source:
-        raise CalibrationError(f"there is no file {source!r}; a source is {_SOURCES}")
+    for port in inputs:
+        if port.dtype.kind == "O":
+            raise CalibrationError(f"input {port.name!r} reads strings, which cannot be calibrated")
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    name = source if isinstance(source, str) else "python"
+    frames = _frames_of(source, inputs, seed, preprocess, state or {})
+    return Data(name, _collect(frames, name, inputs, state, outputs, log), source == "random")
+
+
+_SOURCES = (
+    "an .npz file, a folder of .npz files or of images, package.module:iterable, or 'random' for "
+    "noise"
+)
+
+
+def _frames_of(
+    source: str | Iterable[Any],
+    inputs: Sequence[Port],
+    seed: int,
+    preprocess: Image | None,
+    state: State,
+) -> Iterator[_Frame]:
+    if isinstance(source, str) and source != "random":
+        path = pathlib.Path(source)
+        if path.is_dir():
+            return _folder(path, inputs, preprocess, state)
+        _no_images(preprocess, f"{source!r} is no folder")
+        if path.suffix == ".npz" or path.exists():
+            return _archive(path, inputs, state)
+        if ":" not in source:
+            raise CalibrationError(f"there is no file {source!r}; a source is {_SOURCES}")
+        return _frames(_of_the_user(source), source)
+    _no_images(preprocess, f"the data is {source if isinstance(source, str) else 'from Python'}")
+    if isinstance(source, str):
+        return _frames(_random(inputs, seed, state), source)
+    return _frames(source, "python")
+
+
+def _no_images(preprocess: Image | None, what: str) -> None:
+    # What is folded into the model leaves nothing to do to other data.
+    if preprocess is not None and not preprocess.fold:
+        raise CalibrationError(f"--preprocess is for a folder of images; {what}")
+
+
+def _of_the_user(source: str) -> object:
     found = capture.load_object(source, "calibration source")
-    return Data(source, _checked(found() if callable(found) else found, inputs, source))
+    with _blamed(source):
+        return found() if callable(found) else found
 
 
-_SOURCES = "an .npz file, package.module:iterable, or 'random' for noise"
+@contextlib.contextmanager
+def _blamed(source: str) -> Generator[None]:
+    """Say that what escapes from the user's own code is the source's fault."""
+    try:
+        yield
+    except QCompileError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise CalibrationError(
+            f"calibration source {source!r} raises {type(error).__name__}: {error}"
+        ) from error
 
 
-def _npz(path: pathlib.Path, inputs: Sequence[Input]) -> list[Sample]:
-    if path.is_dir() or path.suffix != ".npz":
+def _archive(path: pathlib.Path, inputs: Sequence[Port], state: State) -> Iterator[_Frame]:
+    if path.suffix != ".npz":
         raise CalibrationError(f"{str(path)!r} is no .npz file; a source is {_SOURCES}")
     if not path.exists():
         raise CalibrationError(f"there is no file {str(path)!r}")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays: dict[str, Array] = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise CalibrationError(f"{str(path)!r} is not a readable .npz: {error}") from error
-    if not arrays:
-        raise CalibrationError(f"{str(path)!r} holds no arrays")
-    _same_names(arrays, inputs, str(path))
-    counts: dict[str, int] = {}
-    pick: dict[str, Callable[[int], Array]] = {}
-    for wanted in inputs:
-        counts[wanted.name], pick[wanted.name] = _sample_axis(arrays[wanted.name], wanted)
-    several = {count for count in counts.values() if count > 0}
-    if len(several) > 1:
-        raise CalibrationError(f"{str(path)!r} has different numbers of samples: {counts}")
-    return [{n: p(i) for n, p in pick.items()} for i in range(several.pop() if several else 1)]
+    return _frames(archives.read(path, inputs, state), str(path))
 
 
-def _sample_axis(array: Array, wanted: Input) -> tuple[int, Callable[[int], Array]]:
-    """How many samples ``array`` holds (0 for a constant), and how to take one."""
-    rank = len(wanted.shape)
-    if array.ndim == rank + 1:
-        return _not_empty(array.shape[0], wanted), lambda i: array[i]
-    if array.ndim != rank:
+def _folder(
+    path: pathlib.Path, inputs: Sequence[Port], preprocess: Image | None, state: State
+) -> Iterator[_Frame]:
+    """The archives or the images in a folder and the folders in it, sorted by name."""
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    found = [p for p in files if p.suffix.lower() == ".npz"]
+    pictures = [p for p in files if p.suffix.lower() in images.SUFFIXES]
+    if found and pictures:
         raise CalibrationError(
-            f"array {wanted.name!r} has shape {list(array.shape)}, but the model reads {wanted}; "
-            "add a leading sample axis or the batch axis"
+            f"the folder {str(path)!r} holds both {found[0].name!r} and {pictures[0].name!r}; "
+            "give one with .npz files or with images alone"
         )
-    if None not in wanted.shape and array.shape == wanted.shape:
-        return 0, lambda _: array
-    if rank == 0:
-        return 0, lambda _: array
-    batch = wanted.shape[0] or 1
-    return _not_empty(array.shape[0] // batch, wanted), lambda i: array[i * batch : (i + 1) * batch]
+    if found:
+        _no_images(preprocess, f"{str(path)!r} holds .npz files")
+        each = (_archive(file, inputs, state) for file in found)
+        return itertools.chain.from_iterable(each)
+    if pictures:
+        read = images.read(pictures, preprocess, inputs, str(path))
+        return (_Frame({name: array}, where) for name, array, where in read)
+    names = ", ".join(repr(p.name) for p in files[:5]) + (", ..." if len(files) > 5 else "")
+    raise CalibrationError(
+        f"the folder {str(path)!r} holds neither .npz files nor images; it holds "
+        f"{names or 'nothing'}"
+    )
 
 
-def _not_empty(count: int, wanted: Input) -> int:
-    if count == 0:
-        raise CalibrationError(f"array {wanted.name!r} holds no sample for {wanted}")
-    return count
+# How many sequences of noise there are, and their frames if there is state.
+_NOISE, _FRAMES = 16, 4
 
 
-def _random(inputs: Sequence[Input], seed: int) -> list[Sample]:
+def _random(inputs: Sequence[Port], seed: int, state: State) -> Iterator[Any]:
+    """Normal floats; 0 and 1 for integers, which every table and mask takes; pixels for images."""
     rng = np.random.default_rng(seed)
-    samples: list[Sample] = []
-    for _ in range(16):
-        sample: Sample = {}
-        for wanted in inputs:
-            shape = [1 if d is None else d for d in wanted.shape]
-            whole = wanted.dtype.kind in "iub"
-            noise = np.zeros(shape) if whole else rng.standard_normal(shape)
-            sample[wanted.name] = noise.astype(wanted.dtype)
-        samples.append(sample)
-    return samples
+
+    def sample() -> Sample:
+        return {port.name: noise(port) for port in inputs if port.name not in state}
+
+    def noise(port: Port) -> Array:
+        shape = port.concrete()
+        if port.dtype.kind not in "iub":
+            return rng.standard_normal(shape).astype(port.dtype)
+        pixels = port.dtype == np.uint8 and len(shape) == 4
+        return rng.integers(0, 256 if pixels else 2, shape).astype(port.dtype)
+
+    for _ in range(_NOISE):
+        yield [sample() for _ in range(_FRAMES)] if state else sample()
 
 
-def _checked(samples: object, inputs: Sequence[Input], source: str) -> list[Sample]:
-    """``samples`` as arrays of the right names, types and shapes, without NaN or infinity."""
-    if isinstance(samples, Mapping) or not isinstance(samples, Iterable):
+def _frames(items: object, source: str) -> Iterator[_Frame]:
+    """The frames of samples (dicts) and of sequences (lists or iterators of dicts)."""
+    if isinstance(items, Mapping) or not isinstance(items, Iterable):
         raise CalibrationError(
             f"calibration source {source!r} must yield dicts of arrays, one a run; "
-            f"it is {type(cast(object, samples)).__name__}"
+            f"it is {type(cast(object, items)).__name__}"
         )
-    kept: list[Sample] = []
-    for number, sample in enumerate(cast("Iterable[object]", samples)):
-        where = f"sample {number} of {source!r}"
-        if not isinstance(sample, Mapping):
-            raise CalibrationError(f"{where} is {type(sample).__name__}, not a dict of arrays")
-        named = cast("Mapping[str, Any]", sample)
-        _same_names(named, inputs, where)
-        kept.append({i.name: _checked_array(np.asarray(named[i.name]), i, where) for i in inputs})
-    if not kept:
+    with _blamed(source):
+        for number, item in enumerate(cast("Iterable[object]", items)):
+            if not isinstance(item, list | tuple | Iterator):
+                yield _Frame(
+                    _dict(item, f"sample {number}", source), f"sample {number} of {source!r}"
+                )
+                continue
+            index = -1
+            for index, frame in enumerate(cast("Iterable[object]", item)):
+                where = f"frame {index} of sequence {number}"
+                arrays = _dict(frame, where, source)
+                yield _Frame(arrays, f"{where} of {source!r}", index == 0, alone=False)
+            if index < 0:
+                raise CalibrationError(f"sequence {number} of {source!r} has no frames")
+
+
+def _dict(item: object, where: str, source: str) -> Mapping[str, Any]:
+    if not isinstance(item, Mapping):
+        raise CalibrationError(
+            f"{where} of {source!r} is {type(item).__name__}, not a dict of arrays"
+        )
+    return cast("Mapping[str, Any]", item)
+
+
+# -- checks -------------------------------------------------------------------------------------
+
+
+def _collect(
+    frames: Iterable[_Frame],
+    source: str,
+    inputs: Sequence[Port],
+    state: State | None,
+    outputs: Sequence[Port],
+    log: Callable[[str], None],
+) -> Samples:
+    """``frames`` in a file, each checked: names, types, shapes, numbers; the first with state."""
+    spill, starts = Spill(), list[int]()
+    for frame in frames:
+        if state is None:
+            state = _paired(frame, inputs, outputs)
+            if state:
+                log(f"state: {ports.state_text(state)} (paired by name, type and shape)")
+        if frame.first:
+            starts.append(len(spill))
+        spill.append(_checked(frame, inputs, state, outputs))
+    if not starts:
         raise CalibrationError(f"calibration source {source!r} yields no samples")
-    return kept
+    if state and len(starts) == len(spill):
+        log(
+            f"state: every sequence of {source!r} has one frame, so that the state is what it holds"
+        )
+    return Samples(spill, starts, state)
 
 
-def _checked_array(array: Array, wanted: Input, where: str) -> Array:
-    fits = array.ndim == len(wanted.shape) and all(
-        d is None or d == got for d, got in zip(wanted.shape, array.shape, strict=True)
-    )
-    if not fits:
+def _paired(frame: _Frame, inputs: Sequence[Port], outputs: Sequence[Port]) -> State:
+    """The state that the first frame of a sequence lacks, paired with outputs."""
+    missing = [port for port in inputs if port.name not in frame.arrays]
+    if not missing or frame.alone:
+        return {}
+    state = ports.pair(missing, outputs, frame.where)
+    ports.check_state(state, inputs, outputs)
+    return state
+
+
+def _checked(
+    frame: _Frame, inputs: Sequence[Port], state: State, outputs: Sequence[Port]
+) -> Sample:
+    """The arrays of ``frame``, with the state if it is the first of its sequence."""
+    try:
+        ports.check_names(frame.arrays, inputs, frame.where, optional=state)
+    except CalibrationError as error:
+        raise CalibrationError(f"{error}{_hint(frame, inputs, outputs)}") from None
+    if not frame.first:
+        for name in state:
+            if name in frame.arrays:
+                raise CalibrationError(
+                    f"{frame.where} holds input {name!r}, which is fed from output "
+                    f"{state[name]!r}; only the first frame may hold it"
+                )
+    given = [port for port in inputs if port.name in frame.arrays]
+    arrays = {p.name: _checked_array(frame.arrays[p.name], p, frame.where) for p in given}
+    if frame.first:
+        sizes = ports.sizes_of(given, arrays)
+        for port in inputs:
+            if port.name not in arrays:
+                arrays[port.name] = np.zeros(port.concrete(sizes), port.dtype)
+    return arrays
+
+
+def _hint(frame: _Frame, inputs: Sequence[Port], outputs: Sequence[Port]) -> str:
+    """What to do if the inputs that ``frame`` lacks are state, if they may be."""
+    missing = [port for port in inputs if port.name not in frame.arrays]
+    with contextlib.suppress(CalibrationError):
+        state = ports.pair(missing, outputs, frame.where)
+        ports.check_state(state, inputs, outputs)
+        if state:
+            return f"; if that is state, give --state {ports.state_text(state)}"
+    return ""
+
+
+def _checked_array(given: Any, wanted: Port, where: str) -> Array:
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors on a device
+        raise CalibrationError(f"{where}: {wanted.name!r} is no array: {error}") from error
+    if not wanted.takes(array.shape):
         raise CalibrationError(
             f"{where}: {wanted.name!r} has shape {list(array.shape)}, the model reads {wanted}"
         )
     if array.dtype != wanted.dtype:
-        whole = wanted.dtype.kind in "iub"
-        if whole != (array.dtype.kind in "iub"):
-            raise CalibrationError(
-                f"{where}: {wanted.name!r} is {array.dtype}, the model reads {wanted}"
-            )
-        array = array.astype(wanted.dtype)
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        array = _converted(array, wanted, where)
+    if array.dtype.kind not in "iub" and not np.isfinite(array).all():
         raise CalibrationError(f"{where}: {wanted.name!r} has NaN or infinity in it")
     return array
 
 
-def _same_names(arrays: Mapping[str, Any], inputs: Sequence[Input], where: str) -> None:
-    names = [i.name for i in inputs]
-    for name in names:
-        if name not in arrays:
-            raise CalibrationError(
-                f"{where} has no array for input {name!r}; it has {', '.join(map(str, arrays))}"
-            )
-    for name in arrays:
-        if name not in names:
-            raise CalibrationError(
-                f"{where} has an array {name!r}, which is no input; {nearest(str(name), names)}"
-            )
+def _converted(array: Array, wanted: Port, where: str) -> Array:
+    """``array`` in the type of ``wanted``: floats to floats, whole numbers to those they fit."""
+    whole = wanted.dtype.kind in "iub"
+    number = array.dtype.kind in "iubfV" and array.dtype.type is not np.void
+    if not number or whole != (array.dtype.kind in "iub"):
+        raise CalibrationError(
+            f"{where}: {wanted.name!r} is {array.dtype}, the model reads {wanted}"
+        )
+    with np.errstate(over="ignore"):  # what overflows is infinite, which is looked for
+        converted = array.astype(wanted.dtype)
+    if whole and not np.array_equal(converted, array):
+        raise CalibrationError(
+            f"{where}: {wanted.name!r} has numbers that do not fit {wanted.dtype}: "
+            f"{array.min()} to {array.max()}"
+        )
+    return converted

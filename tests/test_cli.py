@@ -173,6 +173,61 @@ def test_a_recipe_file_is_read(here: pathlib.Path, qcompile: Command) -> None:
     assert written["pipeline"] == "calibrate,quantize{weight=int4},insert-qdq"
 
 
+def test_a_shape_fixes_the_dimensions_of_noise(here: pathlib.Path, qcompile: Command) -> None:
+    text = CHAIN.replace("float[2,8] x", "float[N,8] x").replace("float[2,4] y", "float[N,4] y")
+    execute.save(graph(text), here / "open.onnx")
+    command = ("open.onnx", "--calib", "random", "--shape", "x=5x8", "-o", "result")
+    assert qcompile(*command).code == 0
+    written = json.loads((here / "result" / "report.json").read_text())
+    assert [layer["macs"] for layer in written["layers"]] == [5 * 8 * 8, 5 * 8 * 4]
+
+
+def test_a_mask_is_in_the_report_and_in_the_pipeline(here: pathlib.Path, qcompile: Command) -> None:
+    model = graph(
+        """(float[N,T,8] x, int64[N,T] keep) => (float[N,T,4] y, float[N,T] k) <float[8,4] w> {
+        y = MatMul(x, w) k = Cast<to=1>(keep)
+    }"""
+    )
+    execute.save(model, here / "tokens.onnx")
+    rng = np.random.default_rng(0)
+    x, keep = rng.standard_normal((10, 1, 6, 8)).astype(np.float32), np.ones((10, 1, 6), np.int64)
+    x[:, :, 4:], keep[:, :, 4:] = 1e6, 0
+    np.savez(here / "padded.npz", x=x, keep=keep)
+    command = ("tokens.onnx", "--calib", "padded.npz", "-o", "result", "--passes", "calibrate")
+    done = qcompile(*command, "--mask", "keep", "--allow-float", "--snapshots", "steps")
+    assert done.code == 0
+    data = json.loads((here / "result" / "report.json").read_text())["data"]
+    assert data["mask"] == "keep"
+    assert "--mask keep" in (here / "result" / "pipeline.txt").read_text()
+    ranges = execute.load(here / "steps" / "00-calibrate.onnx").graph.initializers["x/range"]
+    assert ranges.const_value is not None and ranges.const_value.numpy().max() < 10
+
+
+def test_sequences_carry_a_state_and_the_report_says_so(
+    here: pathlib.Path, qcompile: Command
+) -> None:
+    model = graph(
+        """(float[N,3] x, float[N,4] h) => (float[N,2] y, float[N,4] hn)
+        <float[3,4] u, float[4,4] v, float[4,2] w> {
+        a = MatMul(x, u) b = MatMul(h, v) c = Add(a, b) hn = Tanh(c) y = MatMul(hn, w)
+    }"""
+    )
+    execute.save(model, here / "cell.onnx")
+    x = np.random.default_rng(0).standard_normal((10, 6, 1, 3)).astype(np.float32)
+    np.savez(here / "long.npz", x=x)
+    found = qcompile("cell.onnx", "--calib", "long.npz", "-o", "paired")
+    assert found.code == 0 and "state: h=hn (paired by name, type and shape)" in found.err
+    said = qcompile("cell.onnx", "--calib", "long.npz", "--state", "h=hn", "-o", "said")
+    assert said.code == 0 and "paired" not in said.err
+    for name in ("paired", "said"):
+        data = json.loads((here / name / "report.json").read_text())["data"]
+        assert (data["samples"], data["judged"], data["sequences"]) == (48, 12, 10)
+        assert data["state"] == {"h": "hn"}
+    one, other = (here / n / "model.onnx" for n in ("paired", "said"))
+    assert one.read_bytes() == other.read_bytes()
+    assert "--state h=hn" in (here / "said" / "pipeline.txt").read_text()
+
+
 # -- exit code 1: the user's mistakes, in the user's words --------------------------------------
 
 WITH_DATA = ["--calib", "data.npz"]
@@ -198,6 +253,22 @@ WITH_DATA = ["--calib", "data.npz"]
         (["m.onnx", "--calib", "nan.npz"], "'x' has NaN or infinity in it"),
         (["m.onnx", "--calib", "empty.npz"], "array 'x' holds no sample"),
         (["m.onnx", "--calib", "nothing.npz"], "'nothing.npz' holds no arrays"),
+        (["m.onnx", "--calib", "hollow"], "neither .npz files nor images; it holds nothing"),
+        (["m.onnx", "--calib", "photos"], "as in --preprocess 'image{resize=256 crop=224"),
+        (
+            ["m.onnx", "--calib", "photos", "--preprocess", "image"],
+            "images go into one input of 4 dimensions; the model reads x: float32[2,8]",
+        ),
+        (["m.onnx", *WITH_DATA, "--preprocess", "image"], "is for a folder of images; 'data.npz'"),
+        (["m.onnx", *WITH_DATA, "--preprocess", "image{mean=a}"], "'a' is not a number"),
+        (["m.onnx", *WITH_DATA, "--preprocess", "image{fold=true}"], "one input of 4 dimensions"),
+        (["m.onnx", *WITH_DATA, "--state", "x"], "--state x: expected INPUT=OUTPUT,..., got 'x'"),
+        (["m.onnx", *WITH_DATA, "--state", "x=z"], "unknown name 'z'; known are y"),
+        (["m.onnx", *WITH_DATA, "--state", "x=y"], "output y: float32[2,4] does not fit input x"),
+        (["m.onnx", "--state", "x=y"], "--state says how to read calibration data: give --calib"),
+        (["m.onnx", *WITH_DATA, "--mask", "z"], "--mask z: unknown name 'z'; known are x"),
+        (["m.onnx", *WITH_DATA, "--shape", "x=2"], "contradicts the model, which reads x: float32"),
+        (["m.onnx", *WITH_DATA, "--shape", "z=2x8"], "--shape z=2x8: unknown name 'z'"),
         (
             ["m.onnx", *WITH_DATA, "--passes", "simplify,calibrat"],
             "unknown pass 'calibrat'; did you mean 'calibrate'?",
@@ -245,6 +316,9 @@ def test_a_mistake_is_said_and_nothing_is_written(
     np.savez(here / "nan.npz", x=x * np.nan)
     np.savez(here / "empty.npz", x=x[:0])
     np.savez(here / "nothing.npz")
+    (here / "hollow").mkdir()
+    (here / "photos").mkdir()
+    (here / "photos" / "a.png").write_bytes(b"no picture")
     before = names(here)
     done = qcompile(*words, "-o", "result")
     assert done.code == 1

@@ -8,6 +8,7 @@ import math
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from qcompile import execute, numerics
 from qcompile.errors import PassError
-from qcompile.numerics import Codes, Floats, Grid, IntFormat, RangeMethod
+from qcompile.numerics import ActivationMethod, Codes, Floats, Grid, IntFormat, RangeMethod
 
 FORMATS = [IntFormat(bits, signed) for bits in range(2, 9) for signed in (True, False)]
 STORED = [IntFormat(bits, signed) for bits in (4, 8) for signed in (True, False)]
@@ -393,8 +394,74 @@ def test_the_whole_percentile_is_min_max() -> None:
     assert whole == numerics.histogram_range(counts, edges, form, "minmax")
 
 
-@pytest.mark.parametrize("method", numerics.RANGE_METHODS)
-def test_an_empty_histogram_has_an_empty_range(method: RangeMethod) -> None:
+@pytest.mark.parametrize("method", numerics.ACTIVATION_METHODS)
+def test_an_empty_histogram_has_an_empty_range(method: ActivationMethod) -> None:
     edges = np.linspace(0.0, 1.0, 9)
     empty = np.zeros(8, np.int64)
     assert numerics.histogram_range(empty, edges, IntFormat(8, False), method) == (0.0, 0.0)
+
+
+# -- entropy ------------------------------------------------------------------------------------
+
+
+def divergence(counts: npt.NDArray[np.float64], levels: int, kept: int) -> float:
+    """KL of the first ``kept`` bins from themselves on a grid of ``levels``, written out."""
+    true = counts[:kept].copy()
+    true[-1] += counts[kept:].sum()
+    level = np.arange(kept) * levels // kept
+    filled = counts[:kept] > 0
+    spread = np.zeros(kept)
+    for one in range(levels):
+        at = level == one
+        spread[at & filled] = counts[:kept][at].sum() / max((at & filled).sum(), 1)
+    p, q = true[filled] / true.sum(), spread[filled] / spread.sum()
+    return float(np.sum(p * np.log(p / q)))
+
+
+@given(st.integers(0, 99), st.sampled_from([4, 8, 16]), st.floats(0.5, 3.0))
+def test_the_entropy_threshold_is_the_least_divergence(
+    seed: int, levels: int, heavy: float
+) -> None:
+    tails = np.abs(np.random.default_rng(seed).standard_normal(3000)) ** heavy
+    counts = np.histogram(tails, 64)[0].astype(np.float64)
+    found = numerics.entropy_threshold(counts, levels)
+    counts[0] = min(counts[0], counts[1])
+    ends = [i for i in range(levels, 65) if counts[i - 1] > 0]
+    least = min(divergence(counts, levels, i) for i in ends)
+    assert divergence(counts, levels, found) == pytest.approx(least, rel=1e-9, abs=1e-11)  # pyright: ignore[reportUnknownMemberType]
+
+
+@given(arrays(1, 60), st.integers(2, 8))
+def test_an_entropy_range_is_within_the_extremes_and_always_the_same(
+    array: Floats, bits: int
+) -> None:
+    counts, edges = histogram(np.round(array / np.float32(2.0**50), 3))
+    form = IntFormat(bits, False)
+    low, high = numerics.histogram_range(counts, edges, form, "minmax")
+    found = numerics.histogram_range(counts, edges, form, "entropy")
+    assert low <= found[0] <= found[1] <= high
+    assert found == numerics.histogram_range(counts, edges, form, "entropy")
+
+
+def test_entropy_cuts_what_is_far_from_all_else_and_keeps_what_is_even() -> None:
+    rng = np.random.default_rng(0)
+    form = IntFormat(8, False)
+    normal = np.append(rng.standard_normal(100_000), 60.0).astype(np.float32)
+    _, high = numerics.histogram_range(*histogram(normal, 2048), form, "entropy")
+    assert 3 < high < 6
+    even = rng.uniform(-1, 1, 100_000).astype(np.float32)
+    low, high = numerics.histogram_range(*histogram(even, 2048), form, "entropy")
+    assert low < -0.99 and high > 0.99
+
+
+def test_a_spike_at_zero_does_not_cut_the_rest() -> None:
+    # Behind a Relu half of all numbers are zero.
+    relu = np.maximum(np.random.default_rng(0).standard_normal(100_000), 0).astype(np.float32)
+    low, high = numerics.histogram_range(*histogram(relu, 2048), IntFormat(8, False), "entropy")
+    assert low == 0.0 and high > 3
+
+
+def test_entropy_of_numbers_far_from_zero_needs_no_more_bins() -> None:
+    far = np.float32(1e6) + np.arange(100, dtype=np.float32)
+    low, high = numerics.histogram_range(*histogram(far), IntFormat(8, False), "entropy")
+    assert 1e6 <= low <= high <= 1e6 + 100

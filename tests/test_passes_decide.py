@@ -11,7 +11,7 @@ from qcompile import execute, numerics, pipeline, registry, spec, text
 from qcompile import graph as graphs
 from qcompile.calibrate import Calibration
 from qcompile.errors import CalibrationError, PassError
-from qcompile.numerics import IntFormat, RangeMethod
+from qcompile.numerics import ActivationMethod, IntFormat, RangeMethod
 from qcompile.passes.calibrate import Calibrate
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.set import Set
@@ -111,9 +111,9 @@ def test_min_max_is_the_extremes_of_every_sample() -> None:
         np.testing.assert_allclose(found, (seen.min(), seen.max()), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["percentile", "mse", "pnorm"])
+@pytest.mark.parametrize("method", ["percentile", "mse", "pnorm", "entropy"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_other_methods_stay_within_the_extremes(method: RangeMethod, bits: int) -> None:
+def test_other_methods_stay_within_the_extremes(method: ActivationMethod, bits: int) -> None:
     full, model = graph(CHAIN), graph(CHAIN)
     run(full, Calibrate())
     run(model, Calibrate(method=method, percentile=95.0, bits=bits))

@@ -15,13 +15,14 @@ import pytest
 from lowering import Lowered
 
 import qcompile
-from qcompile import compiler
+from qcompile import compiler, ports
 from qcompile.backends import trt_build, trt_plan
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.backends.tensorrt import CAPABILITIES, TensorRtRtx, profile
 from qcompile.calibrate import Calibration
 from qcompile.errors import QCompileError, TargetError
 from qcompile.models import fashion
+from qcompile.sequences import Samples
 from qcompile.sources import Data
 
 pytest.importorskip("tensorrt_rtx")
@@ -150,6 +151,28 @@ def test_a_profile_spans_the_shapes_of_the_data() -> None:
     ]
     found = profile(model, Calibration(Data("test", samples)))
     assert found == {"x": [[1, 3, 5], [2, 3, 7], [4, 3, 9]]}
+
+
+def test_a_shape_of_the_user_is_the_profile_with_data_and_without() -> None:
+    model = graphs.graph("(float[N,3,M] x) => (float[N,3,M] y) { y = Relu(x) }")
+    with pytest.raises(
+        TargetError, match="is dynamic: give --calib, whose shapes bound it, or --sh"
+    ):
+        profile(model, None)
+    ports.choose_shapes(model, ["x=4x3x7"])
+    samples = [{"x": np.zeros((1, 3, 9), np.float32)}]
+    for calibration in (None, Calibration(Data("test", samples))):
+        assert profile(model, calibration) == {"x": [[4, 3, 7]] * 3}
+
+
+def test_a_state_is_as_large_as_where_it_starts() -> None:
+    model = graphs.graph(
+        "(float[N,3] x, float[N,4] h) => (float[N,4] y) { y = Relu(h) z = Relu(x) }"
+    )
+    state = np.zeros((2, 4), np.float32)
+    frames = [{"x": np.zeros((2, 3), np.float32)} for _ in range(3)]
+    found = Samples([{**frames[0], "h": state}, *frames[1:]], [0], {"h": "y"})
+    assert profile(model, Calibration(Data("test", found)))["h"] == [[2, 4]] * 3
 
 
 def test_a_model_without_dynamic_dimensions_has_no_profile() -> None:

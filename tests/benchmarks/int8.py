@@ -30,7 +30,8 @@ import qcompile
 from qcompile import capture, compiler, execute, pipeline, registry, report, simulate
 from qcompile.calibrate import Calibration
 from qcompile.models import fashion
-from qcompile.sources import Sample, inputs_of, load
+from qcompile.ports import inputs_of
+from qcompile.sources import Sample, load
 
 Array = npt.NDArray[Any]
 FACTORIES = "qcompile.models.public"

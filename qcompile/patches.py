@@ -1,0 +1,107 @@
+"""The input of a layer as the rows of the matrix that its weight is multiplied with."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile import graph
+from qcompile.graph import Layer
+
+Array = npt.NDArray[Any]
+
+# Numbers in one block of patches: 64 MiB in float64.
+_BLOCK = 1 << 23
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """How the array that a layer reads becomes ``X`` [rows, columns].
+
+    * ``kernel`` is () for a linear layer, whose rows are the last axis (the first if
+      ``transposed``). A row of a Conv is a patch: its channels, each with its window, as in the
+      weight [N, channels, *kernel].
+    * ``groups`` of a Conv each have rows of their own, [groups, rows, columns].
+    * ``same`` is "SAME_UPPER" or "SAME_LOWER" if ``pads`` depend on the size, else "".
+    """
+
+    columns: int
+    transposed: bool = False
+    kernel: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    same: str = ""
+    groups: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of ``X.T @ X``."""
+        square = (self.columns, self.columns)
+        return square if self.groups == 1 else (self.groups, *square)
+
+    def blocks(self, array: Array) -> Iterator[Array]:
+        """``X`` in blocks of rows."""
+        if not self.kernel:
+            rows = array.T if self.transposed else array
+            yield rows.reshape(-1, self.columns)
+            return
+        windows = self._windows(array)
+        rank = len(self.kernel)
+        each = math.prod(windows.shape) // max(windows.shape[2], 1)
+        step = max(1, _BLOCK // max(each, 1))
+        for first in range(0, windows.shape[2], step):
+            # [N, C, *out, *kernel] to [N, *out, C, *kernel]
+            part = np.moveaxis(windows[:, :, first : first + step], 1, 1 + rank)
+            rows = part.reshape(-1, self.groups, self.columns)
+            yield rows[:, 0] if self.groups == 1 else rows.swapaxes(0, 1)
+
+    def _windows(self, array: Array) -> Array:
+        """A view [N, C, *out, *kernel] of the padded array."""
+        spans = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
+        axes = tuple(range(2, 2 + len(spans)))
+        padded = np.pad(array, [(0, 0), (0, 0), *self._sides(array.shape[2:], spans)])
+        windows = np.lib.stride_tricks.sliding_window_view(padded, spans, axis=axes)
+        steps = [slice(None, None, s) for s in (*self.strides, *self.dilations)]
+        return windows[(slice(None), slice(None), *steps)]
+
+    def _sides(self, sizes: tuple[int, ...], spans: list[int]) -> list[tuple[int, int]]:
+        """The padding before and behind each spatial axis."""
+        if not self.same:
+            rank = len(spans)
+            return list(zip(self.pads[:rank], self.pads[rank:], strict=True))
+        found: list[tuple[int, int]] = []
+        for size, span, stride in zip(sizes, spans, self.strides, strict=True):
+            total = max((math.ceil(size / stride) - 1) * stride + span - size, 0)
+            less, more = total // 2, total - total // 2
+            found.append((less, more) if self.same == "SAME_UPPER" else (more, less))
+        return found
+
+
+def of(layer: Layer) -> Rows | None:
+    """The rows of a linear layer or a Conv with a constant weight; None for any other."""
+    shape = graph.shape_of(layer.weight.value)
+    if shape is None or not graph.is_constant(layer.weight.value):
+        return None
+    if layer.kind == "linear":
+        transposed = layer.node.op_type == "Gemm" and graph.attribute(layer.node, "transA", 0)
+        return Rows(shape[layer.reduce_axis], transposed=bool(transposed))
+    if layer.kind not in ("conv", "depthwise"):
+        return None
+    kernel = shape[2:]
+    ones, zeros = [1] * len(kernel), [0] * (2 * len(kernel))
+    padding = graph.attribute(layer.node, "auto_pad", "NOTSET")
+    return Rows(
+        columns=math.prod(shape[1:]),
+        kernel=kernel,
+        strides=tuple(graph.attribute(layer.node, "strides", ones)),
+        dilations=tuple(graph.attribute(layer.node, "dilations", ones)),
+        pads=tuple(graph.attribute(layer.node, "pads", zeros)),
+        same=padding if padding.startswith("SAME") else "",
+        groups=graph.attribute(layer.node, "group", 1),
+    )

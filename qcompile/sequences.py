@@ -1,0 +1,154 @@
+"""Samples in order, and the state that flows between them.
+
+A *sample* is a dict of inputs, one run of a model. A *sequence* is samples whose runs belong
+together, such as the chunks of one recording; most have length one. The samples of a longer one are
+its *frames*, and its *state* is what a run leaves for the next: an input that takes what an output
+was one frame earlier. The first frame of a sequence holds all inputs; later ones lack the state.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, overload
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile import execute, spill
+from qcompile.spill import Spill
+
+Array = npt.NDArray[Any]
+Sample = dict[str, Array]
+# From the input that takes a state to the output that gives it.
+State = Mapping[str, str]
+
+
+class Samples(Sequence[Sample]):
+    """Samples of one or more sequences, read from ``store`` as they are asked for.
+
+    Args:
+        store: the samples.
+        starts: the numbers of those that start a sequence, ascending; all if None.
+        state: what flows from one frame to the next.
+        numbers: which of ``store`` these are; all if None.
+
+    A slice is as lazy as the whole; it should begin where a sequence does, or has no state there.
+    """
+
+    def __init__(
+        self,
+        store: Sequence[Sample],
+        starts: Sequence[int] | None = None,
+        state: State | None = None,
+        numbers: range | None = None,
+    ) -> None:
+        self._store = store
+        self._starts = range(len(store)) if starts is None else starts
+        self._numbers = range(len(store)) if numbers is None else numbers
+        self.state: State = state or {}
+
+    @staticmethod
+    def of(samples: Sequence[Sample]) -> Samples:
+        """``samples`` themselves, or a list of them as sequences of length one."""
+        return samples if isinstance(samples, Samples) else Samples(samples)
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences there are."""
+        return sum(number in self._numbers for number in self._starts)
+
+    def split(self, last: int) -> tuple[Samples, Samples]:
+        """All but the ``last`` sequences, and those."""
+        starts = [number for number in self._starts if number in self._numbers]
+        cut = self._numbers.index(starts[-last]) if last else len(self)
+        return self[:cut], self[cut:]
+
+    def where(self, index: int) -> str:
+        """Sample ``index`` in the user's words."""
+        number = self._numbers[index]
+        if len(self._starts) == len(self._store):
+            return f"sample {number}"
+        sequence = bisect.bisect_right(self._starts, number) - 1
+        return f"frame {number - self._starts[sequence]} of sequence {sequence}"
+
+    def shapes(self, name: str) -> list[tuple[int, ...]]:
+        """The shapes of the input ``name`` in the samples that hold it."""
+        if isinstance(self._store, Spill) and len(self._numbers) == len(self._store):
+            return self._store.shapes(name)
+        return [sample[name].shape for sample in self if name in sample]
+
+    @property
+    def digest(self) -> str:
+        """A hash of all samples, of where sequences start, and of the state."""
+        if isinstance(self._store, Spill):
+            whole = self._store.digest
+        else:
+            digest = hashlib.sha256()
+            for sample in self._store:
+                spill.add_to(digest, sample)
+            whole = digest.hexdigest()
+        if len(self._starts) == len(self._store) and not self.state:
+            return whole
+        text = f"{whole}{list(self._starts)}{sorted(self.state.items())}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def close(self) -> None:
+        """Remove the file behind the samples."""
+        if isinstance(self._store, Spill):
+            self._store.close()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Samples: ...
+    def __getitem__(self, index: int | slice) -> Sample | Samples:
+        if isinstance(index, slice):
+            return Samples(self._store, self._starts, self.state, self._numbers[index])
+        return self._store[self._numbers[index]]
+
+
+class Runs(Protocol):
+    """What runs a sample: a Session, or what stands around one."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of all outputs."""
+        ...
+
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """The values of ``outputs`` for ``feeds``."""
+        ...
+
+
+def carry(
+    session: Runs,
+    samples: Iterable[Sample],
+    state: State,
+    outputs: Sequence[str] | None = None,
+) -> Iterator[tuple[Sample, dict[str, Array]]]:
+    """Run ``samples`` in order and yield what each was fed and the values of ``outputs``.
+
+    What a sample lacks comes from the outputs of the run before, so that every session carries its
+    own state; what a sample holds counts, so that the first frame of a sequence starts anew. The
+    session must have the outputs of ``state`` (see ``fetch``). ``outputs`` are all if None.
+    """
+    wanted = list(session.outputs if outputs is None else outputs)
+    asked = list(dict.fromkeys([*wanted, *state.values()]))
+    kept: Sample = {}
+    for sample in samples:
+        feeds = {**kept, **sample}
+        results = session.run(feeds, asked)
+        kept = {taken: results[given] for taken, given in state.items()}
+        yield feeds, {name: results[name] for name in wanted}
+
+
+def fetch(model: ir.Model, values: Iterable[str], state: State) -> ir.Model:
+    """A clone of ``model`` whose outputs are ``values`` and those that ``carry`` needs."""
+    return execute.fetch(model, list(dict.fromkeys([*values, *state.values()])))
