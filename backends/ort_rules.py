@@ -177,13 +177,13 @@ def channels_of_four(low: Lowering) -> int:
         missing = -shape[1] % 4
         one_group = graph.attribute(layer.node, "group", 1) == 1
         if missing and one_group and low.weight_grids[layer.node].axis in (0, None):
-            _pad_channels(low, layer.weight, missing)
-            _pad_channels(low, layer.input, missing)
+            _pad_channels(low, layer.weight, missing, len(shape))
+            _pad_channels(low, layer.input, missing, len(shape))
             count += 1
     return count
 
 
-def _pad_channels(low: Lowering, use: Use, missing: int) -> None:
+def _pad_channels(low: Lowering, use: Use, missing: int, rank: int) -> None:
     """Add ``missing`` channels (axis 1) that stand for zero to the codes that ``use`` reads."""
     dequantize = use.value.producer()
     assert dequantize is not None
@@ -195,7 +195,6 @@ def _pad_channels(low: Lowering, use: Use, missing: int) -> None:
         amounts = [(0, missing if axis == 1 else 0) for axis in range(array.ndim)]
         padded = graph.add_constant(low.model, f"{name}/padded", np.pad(array, amounts))
     else:
-        rank = graph.rank_of(use.value) or 4
         amounts = np.zeros(2 * rank, np.int64)
         amounts[rank + 1] = missing
         constant = graph.add_constant(low.model, f"{name}/pads", amounts)
@@ -216,10 +215,10 @@ def _pad_channels(low: Lowering, use: Use, missing: int) -> None:
 def _wider(value: ir.Value, missing: int) -> ir.Shape | None:
     if value.shape is None:
         return None
-    dims = list(value.shape)
-    if isinstance(dims[1], int):
-        dims[1] += missing
-    return ir.Shape(dims)
+    first, channels, *rest = value.shape
+    # The name of a dimension would stand for two sizes.
+    wider = channels + missing if isinstance(channels, int) else None
+    return ir.Shape([first, wider, *rest])
 
 
 def conv_output(low: Lowering) -> int:

@@ -8,9 +8,11 @@ import json
 import pathlib
 import subprocess
 import sys
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import optimizer
 
 from qcompile import execute, graph, ports
 from qcompile.backends import trt_plan, trt_rules
@@ -62,13 +64,14 @@ class TensorRtRtx(Target):
         Raises TargetError if the parser or the builder refuses the model, or crashes.
         """
         source, engine = folder / "model.onnx", folder / "model.engine"
-        execute.save(model, source)
+        shapes = profile(model, calibration)
+        execute.save(settled(model, shapes), source)
         request = Request(
             module="tensorrt_rtx",
             model=str(source),
             engine=str(engine),
             cc=list(self.cc),
-            profile=profile(model, calibration),
+            profile=shapes,
         )
         done = subprocess.run(
             [sys.executable, "-m", "qcompile.backends.trt_build"],
@@ -136,3 +139,36 @@ def _ran(step: trt_plan.Step, reason: str) -> Ran:
     if integers:
         return Ran(f"{integers[0]} weights", kernel, "built, not run")
     return Ran("float", kernel, reason)
+
+
+def settled(model: ir.Model, shapes: dict[str, list[list[int]]]) -> ir.Model:
+    """``model`` with every branch taken that the shapes of its engine decide.
+
+    A model without bodies is returned as it is. The builder knows few operators inside a body, and refuses bodies of different shapes. Where
+    ``shapes`` has one size for a dimension, as an engine of that profile has, the size is written
+    into the input, and what follows from it is folded.
+    """
+    if not any(
+        attr.type == ir.AttributeType.GRAPH for n in model.graph for attr in n.attributes.values()
+    ):
+        return model
+    model = model.clone()
+    for value in model.graph.inputs:
+        if value.name in shapes and value.shape is not None:
+            least, _, most = shapes[value.name]
+            sizes = zip(value.shape, least, most, strict=True)
+            value.shape = ir.Shape([low if low == high else dim for dim, low, high in sizes])
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
+    common.ShapeInferencePass()(model)
+    library: Any = optimizer  # partly untyped
+    library.fold_constants(model, onnx_shape_inference=True, should_fold=_may_fold)
+    graph.remove_dead(model)
+    return model
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """Not the Q/DQ of weights and biases; for the rest as the optimizer thinks."""
+    return False if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None

@@ -12,7 +12,6 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from qcompile import graph
 from qcompile.pipeline import Context, Pass, Stats
@@ -37,7 +36,9 @@ class Simplify(Pass):
     keeps_float: ClassVar[bool] = True
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
-        common.IdentityEliminationPass()(model)
+        identities = sum(
+            _bypass(model, node) for node in list(model.graph) if node.op_type == "Identity"
+        )
         folded = biases = 0
         made: dict[ir.Value, ir.Value] = {}
         for layer in list(graph.layers(model)):
@@ -63,12 +64,30 @@ class Simplify(Pass):
         pads = sum(_absorb_pad(model, node) for node in list(model.graph) if node.op_type == "Pad")
         graph.remove_dead(model)
         return {
+            "identities": identities,
             "weights": folded,
             "zero biases": biases,
             "pools": pools,
             "reshapes": reshapes,
             "pads": pads,
         }
+
+
+def _bypass(model: ir.Model, identity: ir.Node) -> bool:
+    """Let the readers of an Identity read what it reads; those in bodies stay as they are."""
+    entered, written = identity.inputs[0], identity.outputs[0]
+    if entered is None or identity.domain not in ("", "ai.onnx"):
+        return False
+    if written.is_graph_output():
+        # An output is written by a node, and by that once.
+        writer = entered.producer()
+        if writer is None or writer.graph is not model.graph or entered.is_graph_output():
+            return False
+        graph.replace(model, written, entered)
+    else:
+        graph.redirect(model, written, entered, keep=lambda _: False)
+    model.graph.remove(identity, safe=True)
+    return True
 
 
 def _to_pool(model: ir.Model, node: ir.Node) -> bool:

@@ -17,6 +17,7 @@ Bug                      what the user is told of a bug: one sentence, and where
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,45 @@ class Bug(Exception):
     def __init__(self, message: str, folder: pathlib.Path | None) -> None:
         self.folder = folder
         super().__init__(message)
+
+
+# What the errors of ONNX and ONNX Runtime hold beside what is wrong, such as places in their C++.
+_NOISE = re.compile(
+    r"\[ONNXRuntimeError\] : \d+ : \w+ : |Exception during initialization: |"
+    r"^onnxruntime\.capi\.\S+ |This is an invalid model\. |Node ?\(.*?\) with schema\(.*?:\d+\) |"
+    r"\[(?:Shape|Type)InferenceError\] |\[with [^\]]*\] |"
+    r"\S+\.(?:cc|h):\d+: \w+: Assertion `[^`]*` failed[:.] ?|"
+    r"\S*/onnxruntime\S*/\S+\.(?:cc|h):\d+ (?:.*?\)(?: const)? )?|\w+\.(?:cc|h):\d+ \w+ "
+)
+_NODE = re.compile(
+    r"In Node, \(\"(?P<name>.*?)\", (?P<kind>\w*),.*? , Error |"
+    r"Node \((?P<name_2>.*?)\) Op \((?P<kind_2>.*?)\) |"
+    r"Non-zero status code returned while running (?P<kind_3>\w+) node\. "
+    r"Name:'(?P<name_3>.*?)' Status Message: "
+)
+_INSIDE = "Graph attribute inferencing failed: "
+_UNKNOWN = re.compile(r"Fatal error: (.*):(\w*)\(-?\d+\) is not a registered function/op", re.S)
+# Letters of a reason that are shown.
+_LONGEST = 600
+
+
+def reason(error: BaseException) -> str:
+    """What was wrong, in one line: what the first cause of a library's ``error`` says."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    unknown = _UNKNOWN.search(str(error))
+    if unknown is not None:
+        domain, kind = unknown.groups()
+        return f"it has no operator {kind!r} of the domain {domain or 'ai.onnx'!r}"
+    said = " ".join(str(error).split()) or type(error).__name__
+    # What is wrong in a body of a body of a body is said once, of the innermost node.
+    said = _NOISE.sub("", _NODE.sub(_named, said)).rpartition(_INSIDE)[2].strip()
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
+
+
+def _named(found: re.Match[str]) -> str:
+    name = found["name"] or found["name_2"] or found["name_3"] or ""
+    return f"node {name!r} ({found['kind'] or found['kind_2'] or found['kind_3']}): "
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,0 +1,133 @@
+"""Refuse what is no sound model, in the user's words, before any library works on it.
+
+The libraries behind rely on a graph that is whole: what reads a value that nothing writes makes
+them raise far from the cause, and an attribute of the wrong type kills ONNX's converter and with it
+the process. What computes nonsense but is whole is left to the runtime to refuse.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from qcompile.errors import CaptureError, reason
+
+_ONNX = ("", "ai.onnx")
+_UNTYPED = (None, ir.DataType.UNDEFINED)
+
+
+def check(model: ir.Model) -> None:
+    """Raise CaptureError, naming node or value, unless ``model`` is whole.
+
+    Inputs are tensors of a known type; whatever is read is written; weights have the bytes that
+    their shapes need; attributes have the types that ONNX gives them.
+    """
+    for value in model.graph.inputs:
+        if isinstance(value.type, ir.SequenceType | ir.OptionalType):
+            raise _broken(f"input {value.name!r} is no tensor ({value.type})")
+        if value.dtype in _UNTYPED:
+            raise _broken(f"input {value.name!r} has no type")
+    for graph in _graphs(model):
+        for value in graph.outputs:
+            if _from_nowhere(value):
+                raise _broken(f"output {value.name!r} is written by nothing")
+        for value in graph.initializers.values():
+            _check_weight(value)
+        for node in graph:
+            for value in node.inputs:
+                if value is not None and _from_nowhere(value):
+                    what = f"reads {value.name!r}, which nothing writes"
+                    raise _broken(f"node {name_of(node)!r} ({node.op_type}) {what}")
+    for node in model.graph.all_nodes():
+        _check_attributes(node, model.opset_imports)
+    for function in model.functions.values():
+        for node in function.all_nodes():
+            _check_attributes(node, function.opset_imports)
+
+
+def check_place(location: str, name: str | None) -> None:
+    """Raise CaptureError if the weights of ``name`` lie outside the folder of the model."""
+    path = pathlib.PurePath(location)
+    if path.is_absolute() or ".." in path.parts or "\0" in location:
+        raise CaptureError(f"weight {name!r} lies in {location!r}, outside the folder of the model")
+
+
+def name_of(node: ir.Node) -> str:
+    """What a user knows ``node`` by: its name, or that of the first value that it writes."""
+    return node.name or next((v.name for v in node.outputs if v.name), "")
+
+
+def tensors(model: ir.Model) -> Iterator[ir.Value]:
+    """The initializers of the main graph and of the bodies in it."""
+    for graph in _graphs(model):
+        yield from graph.initializers.values()
+
+
+def _broken(what: str) -> CaptureError:
+    return CaptureError(f"the model is broken: {what}")
+
+
+def _graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """The main graph, those of functions, and the bodies inside."""
+    waiting = [model.graph, *(function.graph for function in model.functions.values())]
+    while waiting:
+        graph = waiting.pop()
+        yield graph
+        waiting += (body for node in graph for body in _bodies(node))
+
+
+def _bodies(node: ir.Node) -> Iterable[ir.Graph]:
+    for attr in node.attributes.values():
+        if not attr.is_ref() and attr.type == ir.AttributeType.GRAPH:
+            yield attr.value
+        elif not attr.is_ref() and attr.type == ir.AttributeType.GRAPHS:
+            yield from attr.value
+
+
+def _from_nowhere(value: ir.Value) -> bool:
+    return not (value.producer() or value.is_graph_input() or value.is_initializer())
+
+
+def _check_weight(value: ir.Value) -> None:
+    tensor = value.const_value
+    if tensor is None:
+        raise _broken(f"weight {value.name!r} has no numbers")
+    dims = list(tensor.shape.numpy())
+    if any(size < 0 for size in dims):
+        raise _broken(f"weight {value.name!r} has the shape {dims}")
+    if not isinstance(tensor, ir.TensorProtoTensor) or tensor.dtype == ir.DataType.STRING:
+        return
+    proto: Any = tensor.raw  # untyped
+    if not proto.HasField("raw_data"):
+        try:
+            tensor.numpy()
+        except Exception as error:  # numpy and onnx-ir raise their own kinds
+            raise _broken(f"weight {value.name!r} cannot be read: {reason(error)}") from error
+        return
+    held, needed = len(proto.raw_data), math.ceil(math.prod(dims) * tensor.dtype.bitwidth / 8)
+    if held != needed:
+        raise _broken(f"weight {value.name!r} of shape {dims} has {held} bytes, not {needed}")
+
+
+def _check_attributes(node: ir.Node, opsets: dict[str, int]) -> None:
+    """Compare the types of the attributes of ``node`` with the schema of its operator, if known."""
+    domain = "" if node.domain in _ONNX else node.domain
+    version = opsets.get(domain, opsets.get("ai.onnx") if domain == "" else None)
+    if version is None:
+        return
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version, domain)
+    except onnx.defs.SchemaError:
+        return  # the runtime may know it
+    for attr in node.attributes.values():
+        wanted = schema.attributes.get(attr.name)
+        if wanted is not None and int(wanted.type.value) != int(attr.type):
+            raise _broken(
+                f"node {name_of(node)!r} ({node.op_type}) has the attribute {attr.name!r} as "
+                f"{attr.type.name}; ONNX wants {wanted.type.name}"
+            )
