@@ -193,7 +193,10 @@ class Lowering:
         key = (value, repr((decided, wide)).encode())
         if key not in self._pairs:
             stored = IntFormat(8, grid.format.signed) if wide else grid.format
-            codes = self._packed(value, decided, stored)
+            codes = self.written(
+                value, decided, stored.dtype, graph.shape_of(value) or (),
+                lambda codes: numerics.pack(codes, stored, ""),
+            )  # fmt: skip
             scale = self.model.graph.initializers[decided.scale]
             self._pairs[key] = self._dequantize_weight(value, codes, grid, stored, scale)
             self._grids[self._pairs[key]] = grid
@@ -223,22 +226,27 @@ class Lowering:
         array = graph.constant(weight).astype(np.float32, copy=False)
         return self.weight_grid(decided).quantize(array)
 
-    def _packed(
-        self, weight: ir.Value, decided: TensorSpec, stored: IntFormat
+    def written(
+        self,
+        weight: ir.Value,
+        decided: TensorSpec,
+        dtype: ir.DataType,
+        shape: Sequence[int],
+        pack: Callable[[numerics.Codes], ir.TensorProtocol],
     ) -> ir.TensorProtocol:
-        """The codes of ``weight`` as stored; computed when they are written if it is in a file.
+        """``pack`` of the codes of ``weight``; computed when it is written if that is in a file.
 
-        The codes of a model larger than memory may be too large for it as well.
+        The codes of a model larger than memory may be too large for it as well. ``dtype`` and
+        ``shape`` are those of what ``pack`` returns.
         """
         if decided.codes or not isinstance(weight.const_value, ir.ExternalTensor):
-            return numerics.pack(self.codes(weight, decided), stored, "")
+            return pack(self.codes(weight, decided))
         tensor, grid = weight.const_value, self.weight_grid(decided)
 
         def compute() -> ir.TensorProtocol:
-            array = graph.read_tensor(tensor).astype(np.float32, copy=False)
-            return numerics.pack(grid.quantize(array), stored, "")
+            return pack(grid.quantize(graph.read_tensor(tensor).astype(np.float32, copy=False)))
 
-        return ir.LazyTensor(compute, stored.dtype, ir.Shape(tensor.shape.numpy()))
+        return ir.LazyTensor(compute, dtype, ir.Shape(shape))
 
     def _dequantize_weight(
         self,

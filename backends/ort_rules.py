@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from qcompile import graph, numerics
+from qcompile import graph, numerics, spec
 from qcompile.backends.base import (
     MOVES,
     Lowering,
@@ -147,6 +147,60 @@ def _turned(model: ir.Model, value: ir.Value) -> ir.Value:
         return value
     tensor = ir.Tensor(np.ascontiguousarray(array.T), dtype=value.dtype)
     return graph.add_constant(model, f"{value.name}/turned", tensor)
+
+
+# Block sizes whose kernel is fast; level 4 multiplies in int8, a block of the activation at a time.
+_NBITS_BLOCKS, _NBITS_LEVEL = (16, 32, 64, 128, 256), 4
+
+
+def packed_weights(low: Lowering) -> int:
+    """Write a MatMul whose weight alone is quantized, in blocks along K, as MatMulNBits.
+
+    The runtime makes one of MatMul and DequantizeLinear itself, but not of one with a Relu behind
+    it and another such MatMul behind that, and it keeps a second copy of the weights to do so.
+    """
+    count = 0
+    for layer in low.layers:
+        decided = layer.weight.spec
+        beside = layer.input is not None and layer.input.spec is not None
+        if layer.node.op_type != "MatMul" or decided is None or beside:
+            continue
+        blocks = decided.block in _NBITS_BLOCKS and decided.axis in (0, -2)
+        if not blocks or decided.zero_point or layer.kind != "linear":
+            continue
+        _to_nbits(low, layer, decided)
+        count += 1
+    if count:
+        low.model.opset_imports.setdefault("com.microsoft", 1)
+    return count
+
+
+def _to_nbits(low: Lowering, layer: Layer, decided: TensorSpec) -> None:
+    """Codes [K, N] become bytes [N, K / block, block * bits / 8], the first code lowest."""
+    assert decided.block is not None
+    bits, block = (4 if numerics.parse_format(decided.format).bits <= 4 else 8), decided.block
+    rows, columns = graph.shape_of(layer.weight.value) or (0, 0)
+    shape = (columns, rows // block, block * bits // 8)
+
+    def pack(codes: numerics.Codes) -> ir.TensorProtocol:
+        turned = (codes.T + (1 << bits - 1)).astype(np.uint8)
+        if bits == 4:
+            turned = turned[:, 0::2] | turned[:, 1::2] << 4
+        return ir.Tensor(np.ascontiguousarray(turned.reshape(shape)))
+
+    name, node = layer.weight.value.name or "weight", layer.node
+    packed = low.written(layer.weight.value, decided, ir.DataType.UINT8, shape, pack)
+    scale = low.weight_grid(decided).scale.T
+    added = graph.add_constant(low.model, f"{name}/packed", packed)
+    scales = graph.add_constant(low.model, f"{name}/scales", np.ascontiguousarray(scale))
+    node.op_type, node.domain = "MatMulNBits", "com.microsoft"
+    node.resize_inputs(3)
+    node.replace_input_with(1, added)
+    node.replace_input_with(2, scales)
+    wanted = {"K": rows, "N": columns, "bits": bits, "block_size": block}
+    for key, value in (wanted | {"accuracy_level": _NBITS_LEVEL}).items():
+        node.attributes[key] = ir.AttrInt64(key, value)
+    spec.clear(node)
 
 
 def weights(low: Lowering) -> int:
@@ -358,6 +412,7 @@ DIALECT = rules(
     keep_float,
     bias_range,
     gemm_alone,
+    packed_weights,
     weights,
     inputs,
     channels_of_four,

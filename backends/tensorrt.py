@@ -144,9 +144,9 @@ def _ran(step: trt_plan.Step, reason: str) -> Ran:
 def settled(model: ir.Model, shapes: dict[str, list[list[int]]]) -> ir.Model:
     """``model`` with every branch taken that the shapes of its engine decide.
 
-    A model without bodies is returned as it is. The builder knows few operators inside a body, and refuses bodies of different shapes. Where
-    ``shapes`` has one size for a dimension, as an engine of that profile has, the size is written
-    into the input, and what follows from it is folded.
+    A model without bodies is returned as it is. The builder knows few operators inside a body, and
+    refuses branches of different shapes. Where ``shapes`` has one size for a dimension, as an
+    engine of that profile has, the size is written into the input, and what follows is folded.
     """
     if not any(
         attr.type == ir.AttributeType.GRAPH for n in model.graph for attr in n.attributes.values()

@@ -26,8 +26,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from qcompile import execute, graph, opset, strip, verify
-from qcompile.errors import CaptureError
+from qcompile import execute, graph, opset, sound, strip, verify
+from qcompile.errors import CaptureError, reason
 
 # The names that torch's exporter makes up, such as val_12.
 _COUNTED = re.compile(r"val_\d+|_val_\d+")
@@ -67,7 +67,19 @@ def capture(source: str | os.PathLike[str] | ir.Model | Any, requantize: bool = 
 
 
 def read(source: str | os.PathLike[str] | ir.Model | Any) -> ir.Model | None:
-    """The ONNX model of ``source`` as it is, without repairs; None if ``source`` is of torch."""
+    """The ONNX model of ``source`` as it is, without repairs; None if ``source`` is of torch.
+
+    Raises CaptureError if it cannot be read or is broken (see sound.check).
+    """
+    with _quiet():  # what onnx-ir finds strange is looked for by us, and said once
+        model = _load(source)
+    if model is not None:
+        sound.check(model)
+        execute.read_external(model)
+    return model
+
+
+def _load(source: str | os.PathLike[str] | ir.Model | Any) -> ir.Model | None:
     if isinstance(source, ir.Model):
         return source.clone()
     if isinstance(source, onnx.ModelProto):
@@ -111,10 +123,12 @@ def _from_file(path: pathlib.Path) -> ir.Model:
     try:
         model = execute.load(path)
     except Exception as error:  # protobuf, onnx-ir and numpy each raise their own kinds
-        raise CaptureError(f"{str(path)!r} is not a readable ONNX model: {error}") from error
+        raise CaptureError(
+            f"{str(path)!r} is not a readable ONNX model: {reason(error)}"
+        ) from error
     if not model.graph.outputs:
         raise CaptureError(f"{str(path)!r} is not an ONNX model: its graph has no outputs")
-    execute.check_external(model)
+    sound.check_places(model)
     return model
 
 
@@ -122,7 +136,7 @@ def _from_proto(proto: onnx.ModelProto) -> ir.Model:
     try:
         return ir.from_proto(proto)
     except Exception as error:  # see above
-        raise CaptureError(f"the model is broken: {error.__cause__ or error}") from error
+        raise CaptureError(f"the model is broken: {reason(error)}") from error
 
 
 def _repair(model: ir.Model, requantize: bool) -> ir.Model:
@@ -131,6 +145,7 @@ def _repair(model: ir.Model, requantize: bool) -> ir.Model:
         _refuse_quantized(model)
     try:
         model = opset.inline(model)
+        _clean(model)
         _tidy(model)
         if requantize:
             strip.strip(model)
@@ -144,7 +159,7 @@ def _repair(model: ir.Model, requantize: bool) -> ir.Model:
     except CaptureError:
         raise
     except Exception as error:  # whatever an odd model makes these raise, it is the model's fault
-        raise CaptureError(f"the model cannot be repaired: {error}") from error
+        raise CaptureError(f"the model cannot be repaired: {reason(error)}") from error
     graph.remove_dead(model)
     found = verify.structure(model)
     if any(" reads " in f or "two values" in f or "written by nothing" in f for f in found):
@@ -167,6 +182,23 @@ def _refuse_quantized(model: ir.Model) -> None:
                 f"the model is quantized already: node {name!r} is {node.op_type}; start from the "
                 "float model, or give --requantize, which takes pairs of QuantizeLinear and "
                 "DequantizeLinear away"
+            )
+
+
+def _clean(model: ir.Model) -> None:
+    """Take away what other compilations noted, and the sizes below 0 that some exporters write.
+
+    Those stand for a dynamic dimension. A role stays: it says that a node is no layer.
+    """
+    values = list(graph.values(model))
+    for holder in (*model.graph.all_nodes(), *values):
+        props = holder.metadata_props
+        for key in [k for k in props if k.startswith("qcompile.") and k != graph.ROLE]:
+            del props[key]
+    for value in values:
+        if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
+            value.shape = ir.Shape(
+                [None if isinstance(d, int) and d < 0 else d for d in value.shape]
             )
 
 

@@ -472,7 +472,7 @@ class Compiler:
             execute.save(model, stem.with_suffix(".onnx"))
 
     def _refuse_float(self, model: ir.Model) -> None:
-        quantized = any(n.op_type == "DequantizeLinear" for n in model.graph)
+        quantized = any(n.op_type in ("DequantizeLinear", "MatMulNBits") for n in model.graph)
         if quantized or self.options.allow_float:
             return
         raise PassError(

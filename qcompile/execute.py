@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 
-from qcompile.errors import CaptureError, TargetError
+from qcompile import sound
+from qcompile.errors import TargetError, reason
 
 runtime: Any = onnxruntime  # untyped
 Array = npt.NDArray[Any]
@@ -60,7 +62,7 @@ class Session:
             )
         except Exception as error:  # the binding raises a dozen types that share no base
             self._stack.close()
-            raise TargetError(f"ONNX Runtime refuses the model: {str(error).strip()}") from error
+            raise TargetError(f"ONNX Runtime refuses the model: {reason(error)}") from error
         self._session = session
         self.inputs: tuple[str, ...] = tuple(i.name for i in session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(o.name for o in session.get_outputs())
@@ -84,7 +86,7 @@ class Session:
         try:
             results: list[Array] = self._session.run(names, kept)
         except Exception as error:  # see above
-            raise TargetError(f"ONNX Runtime fails to run the model: {error}") from error
+            raise TargetError(f"ONNX Runtime fails to run the model: {reason(error)}") from error
         return dict(zip(names, results, strict=True))
 
 
@@ -99,8 +101,11 @@ def optimize(path: pathlib.Path, optimized: pathlib.Path) -> None:
         capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
+        if done.returncode < 0:
+            died = signal.Signals(-done.returncode).name
+            raise TargetError(f"ONNX Runtime dies of the model by {died}")
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise TargetError(f"ONNX Runtime refuses the model: {lines[-1]}")
+        raise TargetError(f"ONNX Runtime refuses the model: {reason(RuntimeError(lines[-1]))}")
 
 
 # Imports nothing of qcompile, so that it starts fast. Without prepacking, which no rewrite needs,
@@ -136,26 +141,16 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     return library.load(path)
 
 
-def check_external(model: ir.Model) -> None:
-    """Raise CaptureError if a file with external weights is missing or too short.
-
-    The weights of a small model are read, so that it no longer depends on the file.
-    """
-    small = weight_bytes(model) < _IN_MEMORY_BYTES
-    for value in model.graph.initializers.values():
+def read_external(model: ir.Model) -> None:
+    """Read the external weights of a small model, so that it no longer depends on their file."""
+    if weight_bytes(model) >= _IN_MEMORY_BYTES:
+        return
+    for value in sound.weights(model):
         tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        path, end = pathlib.Path(tensor.path), (tensor.offset or 0) + tensor.nbytes
-        if not path.is_file():
-            raise CaptureError(f"weight {value.name!r} lies in {str(path)!r}, which is missing")
-        if path.stat().st_size < end:
-            raise CaptureError(
-                f"weight {value.name!r} ends at byte {end} of {str(path)!r}, which has only "
-                f"{path.stat().st_size}"
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.Tensor(
+                tensor.numpy().copy(), dtype=tensor.dtype, name=value.name
             )
-        if small:
-            value.const_value = ir.Tensor(tensor.numpy().copy(), name=value.name)
             tensor.release()
 
 

@@ -36,6 +36,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # Operators that only move or relabel elements, so that a constant can be read through them.
 _SEEN_THROUGH = {"Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze"}
+# Dimensions of a weight, where an operator takes no others: of kernels in one to three dimensions.
+_RANKS: dict[str, Sequence[int]] = {
+    "Conv": (3, 4, 5), "ConvTranspose": (3, 4, 5), "Gemm": (2,), **dict.fromkeys(RECURRENT, (3,))
+}  # fmt: skip
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 
 
@@ -172,6 +176,8 @@ def layer_of(node: ir.Node) -> Layer | None:
         return None
     weight = shape_of(second) if is_constant(second) else None
     bias = Use(node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    if weight is not None and len(weight) not in _RANKS.get(node.op_type, (len(weight),)):
+        return None
     if node.op_type in ("Conv", "ConvTranspose") and weight is not None and not is_constant(first):
         kind: Kind = "conv" if node.op_type == "Conv" else "conv-transpose"
         if kind == "conv" and weight[1] == 1 and attribute(node, "group", 1) > 1:
@@ -264,27 +270,50 @@ def is_float(value: ir.Value) -> bool:
 
 def is_constant(value: ir.Value) -> bool:
     """Whether ``value`` is an initializer (not an input), or one seen through moving operators."""
-    node = value.producer()
-    if node is None:
-        return value.const_value is not None and not value.is_graph_input()
-    if node.op_type == "Constant":
-        return True
-    if node.op_type not in _SEEN_THROUGH or node.domain not in ("", "ai.onnx"):
-        return False
-    return all(v is None or is_constant(v) for v in node.inputs)
+    # Not recursive, because a chain may be longer than the stack.
+    waiting, seen = [value], {value}
+    while waiting:
+        value = waiting.pop()
+        node = value.producer()
+        if node is None:
+            if value.const_value is None or value.is_graph_input():
+                return False
+        elif not _holds_tensor(node):
+            moves = node.op_type in _SEEN_THROUGH and node.domain in ("", "ai.onnx")
+            if not moves or not node.inputs or node.inputs[0] is None:
+                return False
+            found = {v for v in node.inputs if v is not None} - seen
+            seen |= found
+            waiting += found
+    return True
+
+
+def _holds_tensor(node: ir.Node) -> bool:
+    return (
+        node.op_type == "Constant"
+        and node.domain in ("", "ai.onnx")
+        and len(node.attributes) == 1
+        and "sparse_value" not in node.attributes
+    )
 
 
 def constant(value: ir.Value) -> Array:
     """The array of a value for which ``is_constant`` holds."""
-    node = value.producer()
-    if node is None:
-        assert value.const_value is not None, value.name
-        return read_tensor(value.const_value)
-    if node.op_type == "Constant":
-        tensor = ir.convenience.get_const_tensor(value)
-        assert tensor is not None
-        return tensor.numpy()
-    array, *rest = [constant(v) for v in node.inputs if v is not None]
+    moves: list[ir.Node] = []
+    while (node := value.producer()) is not None and not _holds_tensor(node):
+        assert node.inputs[0] is not None, node.name
+        moves.append(node)
+        value = node.inputs[0]
+    tensor = ir.convenience.get_const_tensor(value)
+    assert tensor is not None, value.name
+    array = read_tensor(tensor)
+    for node in reversed(moves):
+        array = _moved(node, array, [constant(v) for v in node.inputs[1:] if v is not None])
+    return array
+
+
+def _moved(node: ir.Node, array: Array, rest: Sequence[Array]) -> Array:
+    """What ``node`` makes of ``array`` and its other inputs."""
     if node.op_type == "Transpose":
         return array.transpose(attribute(node, "perm", list(range(array.ndim))[::-1]))
     if node.op_type == "Reshape":
@@ -354,12 +383,13 @@ def _value_names(model: ir.Model) -> set[str]:
     meta: Any = model.meta
     names: set[str] | None = meta.get("qcompile.names")
     if names is None:
-        names = {v.name for v in _values(model) if v.name}
+        names = {v.name for v in values(model) if v.name}
         meta["qcompile.names"] = names
     return names
 
 
-def _values(model: ir.Model) -> Iterator[ir.Value]:
+def values(model: ir.Model) -> Iterator[ir.Value]:
+    """Every value of the main graph and of the bodies in it."""
     yield from model.graph.inputs
     yield from model.graph.initializers.values()
     for node in model.graph.all_nodes():
@@ -498,7 +528,7 @@ def remove_dead(model: ir.Model) -> int:
     named = {
         name for node in model.graph for s in spec.all_specs(node).values() for name in s.arrays()
     }
-    named |= {n for v in _values(model) if (n := range_name(v)) is not None}
+    named |= {n for v in values(model) if (n := range_name(v)) is not None}
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output() and name not in named:
             if value in model.graph.inputs:
@@ -538,5 +568,5 @@ def set_range(model: ir.Model, value: ir.Value, low: float, high: float) -> None
 
 def clear_ranges(model: ir.Model) -> None:
     """Forget every calibrated range."""
-    for value in _values(model):
+    for value in values(model):
         value.metadata_props.pop(RANGE, None)

@@ -18,7 +18,7 @@ import onnx.version_converter
 import onnx_ir as ir
 from onnxscript import version_converter
 
-from qcompile.errors import CaptureError, TargetError
+from qcompile.errors import CaptureError, TargetError, reason
 
 # The oldest that ONNX Runtime still runs, the opset that capture converts to, and the newest.
 OLDEST, CONVERTED, NEWEST = 7, 18, 25
@@ -53,10 +53,9 @@ def convert(model: ir.Model) -> ir.Model:
             model, lambda proto: onnx.version_converter.convert_version(proto, CONVERTED)
         )
     except Exception as error:  # the converter raises RuntimeError and its own kinds
-        cause = str(error).strip().splitlines()
         raise CaptureError(
-            f"opset {before} cannot be converted to {CONVERTED}: "
-            f"{cause[-1] if cause else type(error).__name__}; export the model at opset 18 or above"
+            f"opset {before} cannot be converted to {CONVERTED}: {reason(error)}; "
+            f"export the model at opset {CONVERTED} or above"
         ) from error
 
 

@@ -113,7 +113,7 @@ class Context:
         """``function`` of every item, in order; spread over processes by joblib's configuration.
 
         ``function`` is pure: arrays and names in, arrays out, no IR objects, no sessions. Items are
-        drawn as workers are free, so that a generator of ``total`` of them need not fit into memory.
+        drawn as workers are free: a generator of ``total`` of them need not fit into memory.
         """
         library: Any = joblib  # untyped
         lazy: Iterable[B] = library.Parallel(n_jobs=self.jobs, return_as="generator")(

@@ -239,7 +239,8 @@ def _stored_bytes(lowered: ir.Model) -> dict[str, int]:
     for node in lowered.graph:
         for name in graph.origins(node):
             total = 0
-            for value in node.inputs[: 3 if node.op_type in graph.RECURRENT else 2]:
+            more = node.op_type in (*graph.RECURRENT, "MatMulNBits")
+            for value in node.inputs[: 3 if more else 2]:
                 producer = value.producer() if value is not None else None
                 parts = [value] if producer is None else []
                 if producer is not None and producer.op_type == "DequantizeLinear":

@@ -123,8 +123,10 @@ def _sqnr_of(
     for wanted, actual in pairs:
         for name in names:
             reference = np.asarray(wanted[name], np.float64)
-            signal[name] += float(np.sum(reference**2))
-            noise[name] += float(np.sum((np.asarray(actual[name], np.float64) - reference) ** 2))
+            with np.errstate(invalid="ignore", over="ignore"):  # the ratio of those is NaN
+                noises = (np.asarray(actual[name], np.float64) - reference) ** 2
+                signal[name] += float(np.sum(reference**2))
+                noise[name] += float(np.sum(noises))
     return {name: ratio(signal[name], noise[name]) for name in names}
 
 

@@ -7,7 +7,6 @@ the process. What computes nonsense but is whole is left to the runtime to refus
 
 from __future__ import annotations
 
-import math
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -24,8 +23,8 @@ _UNTYPED = (None, ir.DataType.UNDEFINED)
 def check(model: ir.Model) -> None:
     """Raise CaptureError, naming node or value, unless ``model`` is whole.
 
-    Inputs are tensors of a known type; whatever is read is written; weights have the bytes that
-    their shapes need; attributes have the types that ONNX gives them.
+    Inputs are tensors of a known type; what is read is written; weights, and the files that they
+    lie in, have the bytes that their shapes need; attributes have the types that ONNX gives them.
     """
     for value in model.graph.inputs:
         if isinstance(value.type, ir.SequenceType | ir.OptionalType):
@@ -36,13 +35,13 @@ def check(model: ir.Model) -> None:
         for value in graph.outputs:
             if _from_nowhere(value):
                 raise _broken(f"output {value.name!r} is written by nothing")
-        for value in graph.initializers.values():
-            _check_weight(value)
         for node in graph:
             for value in node.inputs:
                 if value is not None and _from_nowhere(value):
                     what = f"reads {value.name!r}, which nothing writes"
                     raise _broken(f"node {name_of(node)!r} ({node.op_type}) {what}")
+    for tensor, name in _tensors(model):
+        _check_tensor(tensor, name)
     for node in model.graph.all_nodes():
         _check_attributes(node, model.opset_imports)
     for function in model.functions.values():
@@ -50,22 +49,29 @@ def check(model: ir.Model) -> None:
             _check_attributes(node, function.opset_imports)
 
 
-def check_place(location: str, name: str | None) -> None:
-    """Raise CaptureError if the weights of ``name`` lie outside the folder of the model."""
-    path = pathlib.PurePath(location)
-    if path.is_absolute() or ".." in path.parts or "\0" in location:
-        raise CaptureError(f"weight {name!r} lies in {location!r}, outside the folder of the model")
+def check_places(model: ir.Model) -> None:
+    """Raise CaptureError if external weights lie outside the folder of the model's file.
+
+    A file from somebody else must not choose what is read of this machine.
+    """
+    for tensor, name in _tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            external: Any = tensor  # partly untyped
+            place = str(external.location)
+            path = pathlib.PurePath(place)
+            if path.is_absolute() or ".." in path.parts or "\0" in place:
+                raise _broken(f"weight {name!r} lies in {place!r}, outside the folder of the model")
+
+
+def weights(model: ir.Model) -> Iterator[ir.Value]:
+    """The initializers of the main graph, of functions, and of the bodies inside."""
+    for graph in _graphs(model):
+        yield from graph.initializers.values()
 
 
 def name_of(node: ir.Node) -> str:
     """What a user knows ``node`` by: its name, or that of the first value that it writes."""
     return node.name or next((v.name for v in node.outputs if v.name), "")
-
-
-def tensors(model: ir.Model) -> Iterator[ir.Value]:
-    """The initializers of the main graph and of the bodies in it."""
-    for graph in _graphs(model):
-        yield from graph.initializers.values()
 
 
 def _broken(what: str) -> CaptureError:
@@ -93,25 +99,49 @@ def _from_nowhere(value: ir.Value) -> bool:
     return not (value.producer() or value.is_graph_input() or value.is_initializer())
 
 
-def _check_weight(value: ir.Value) -> None:
-    tensor = value.const_value
-    if tensor is None:
-        raise _broken(f"weight {value.name!r} has no numbers")
+def _tensors(model: ir.Model) -> Iterator[tuple[ir.TensorProtocol, str]]:
+    """The tensors of initializers and attributes, each with a name for it."""
+    for value in weights(model):
+        if value.const_value is None:
+            raise _broken(f"weight {value.name!r} has no numbers")
+        yield value.const_value, value.name or ""
+    for graph in _graphs(model):
+        for node in graph:
+            for attr in node.attributes.values():
+                if attr.type == ir.AttributeType.TENSOR and not attr.is_ref():
+                    yield attr.value, name_of(node)
+
+
+def _check_tensor(tensor: ir.TensorProtocol, name: str) -> None:
     dims = list(tensor.shape.numpy())
     if any(size < 0 for size in dims):
-        raise _broken(f"weight {value.name!r} has the shape {dims}")
-    if not isinstance(tensor, ir.TensorProtoTensor) or tensor.dtype == ir.DataType.STRING:
-        return
-    proto: Any = tensor.raw  # untyped
-    if not proto.HasField("raw_data"):
+        raise _broken(f"weight {name!r} has the shape {dims}")
+    if isinstance(tensor, ir.ExternalTensor):
+        _check_file(tensor, name)
+    elif isinstance(tensor, ir.TensorProtoTensor) and tensor.dtype != ir.DataType.STRING:
+        proto: Any = tensor.raw  # untyped
+        if proto.HasField("raw_data"):
+            held, needed = len(proto.raw_data), tensor.nbytes
+            if held != needed:
+                raise _broken(f"weight {name!r} of shape {dims} has {held} bytes, not {needed}")
+            return
         try:
             tensor.numpy()
         except Exception as error:  # numpy and onnx-ir raise their own kinds
-            raise _broken(f"weight {value.name!r} cannot be read: {reason(error)}") from error
-        return
-    held, needed = len(proto.raw_data), math.ceil(math.prod(dims) * tensor.dtype.bitwidth / 8)
-    if held != needed:
-        raise _broken(f"weight {value.name!r} of shape {dims} has {held} bytes, not {needed}")
+            raise _broken(f"weight {name!r} cannot be read: {reason(error)}") from error
+
+
+def _check_file(tensor: ir.ExternalTensor, name: str) -> None:
+    path, start = pathlib.Path(tensor.path), tensor.offset or 0
+    if not path.is_file():
+        raise CaptureError(f"weight {name!r} lies in {str(path)!r}, which is missing")
+    size, end = path.stat().st_size, start + tensor.nbytes
+    if start < 0 or end > size:
+        raise CaptureError(
+            f"weight {name!r} lies in bytes {start} to {end} of {str(path)!r}, which has {size}"
+        )
+    if tensor.length is not None and tensor.length < tensor.nbytes:
+        raise _broken(f"weight {name!r} has {tensor.length} bytes, not {tensor.nbytes}")
 
 
 def _check_attributes(node: ir.Node, opsets: dict[str, int]) -> None:
@@ -121,12 +151,12 @@ def _check_attributes(node: ir.Node, opsets: dict[str, int]) -> None:
     if version is None:
         return
     try:
-        schema = onnx.defs.get_schema(node.op_type, version, domain)
+        schema: Any = onnx.defs.get_schema(node.op_type, version, domain)  # partly untyped
     except onnx.defs.SchemaError:
         return  # the runtime may know it
     for attr in node.attributes.values():
         wanted = schema.attributes.get(attr.name)
-        if wanted is not None and int(wanted.type.value) != int(attr.type):
+        if wanted is not None and wanted.type.value != attr.type.value:
             raise _broken(
                 f"node {name_of(node)!r} ({node.op_type}) has the attribute {attr.name!r} as "
                 f"{attr.type.name}; ONNX wants {wanted.type.name}"

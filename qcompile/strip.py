@@ -14,7 +14,6 @@ import onnx_ir as ir
 from qcompile import graph
 from qcompile.numerics import Grid, IntFormat
 
-
 # Operators that only move elements, so that they do to floats what they do to codes.
 _MOVES = frozenset(
     ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Slice",

@@ -367,7 +367,6 @@ def test_a_matmul_fed_the_same_integers_differs_by_at_most_one_step(
         ("channel", "int8"),
         ("tensor", "float"),
         ("channel", "float"),
-        ("block", "float"),
     ],
 )
 def test_the_weight_in_the_file_is_what_numerics_dequantizes(
@@ -377,8 +376,7 @@ def test_the_weight_in_the_file_is_what_numerics_dequantizes(
     result = lower(WIDE, tmp_path, f"simplify,calibrate,quantize{{{options}}}")
     form = numerics.parse_format(f"int{bits}")
     weight: numerics.Floats = graphs.weight(result.reference, "w")
-    axis, block = {"tensor": (None, None), "channel": (1, None), "block": (0, 32)}[granularity]
-    grid = numerics.weight_grid(weight, form, axis, block)
+    grid = numerics.weight_grid(weight, form, 1 if granularity == "channel" else None)
     stored = execute.execute(result.model, result.calibration.judges[0], ["w/dequantized"])
     np.testing.assert_array_equal(stored["w/dequantized"], grid.round_trip(weight))
     np.testing.assert_array_equal(graphs.weight(result.model, "w/codes"), grid.quantize(weight))

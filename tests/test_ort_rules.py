@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from lowering import Array
 
-from qcompile import graph, spec, text, verify
+from qcompile import execute, graph, numerics, spec, text, verify
 from qcompile.backends import ort_rules
 from qcompile.backends.base import Lowering
 from qcompile.backends.onnxruntime import OrtCpu
@@ -64,6 +64,7 @@ def test_every_rule_has_a_test_here_and_a_reason() -> None:
         "keep-float",
         "bias-range",
         "gemm-alone",
+        "packed-weights",
         "weights",
         "inputs",
         "channels-of-four",
@@ -275,6 +276,58 @@ def test_gemm_alone_writes_matmul_and_add_with_the_weight_turned() -> None:
 def test_gemm_alone_leaves_a_gemm_with_a_quantized_input() -> None:
     count, changed, _ = act(GEMM_ALONE, "gemm-alone")
     assert (count, changed) == (0, [])
+
+
+# -- packed-weights -----------------------------------------------------------------------------
+
+BLOCKS = "simplify,calibrate,quantize{weight=int4 input=float granularity=block block=16}"
+TWO_BLOCKS = "(float[N,32] x) => (float[N,4] y) <float[32,4] w> { y = MatMul(x, w) }"
+
+
+def test_packed_weights_writes_the_operator_that_the_runtime_would_make() -> None:
+    count, changed, _ = act(TWO_BLOCKS, "packed-weights", BLOCKS)
+    assert count == 1
+    assert changed == [
+        "-opset onnx 18",
+        "+opset onnx 18, com.microsoft 1",
+        "+w %w/packed: u8[4,2,8]",
+        "+w %w/scales: f32[4,2]",
+        "-%y: f32[N,4] = MatMul(%x, %w{int4 axis=0 block=16})",
+        "+%y: f32[N,4] = com.microsoft::MatMulNBits(%x, %w/packed, %w/scales)"
+        " {K=32, N=4, accuracy_level=4, bits=4, block_size=16}",
+    ]
+
+
+@pytest.mark.parametrize("form", ["int3", "int4", "int8"])
+def test_packed_weights_are_the_codes(form: str, tmp_path: pathlib.Path) -> None:
+    passes = BLOCKS.replace("int4", form) + ",insert-qdq"
+    result = lowering.lower(TWO_BLOCKS, OrtCpu(), tmp_path, passes.removesuffix(",insert-qdq"))
+    weight = graphs.weight(result.reference, "w")
+    grid = numerics.weight_grid(weight, numerics.parse_format(form), 0, 16)
+    [node] = [n for n in result.model.graph if n.op_type == "MatMulNBits"]
+    node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)  # floats all the way
+    x = np.eye(32, dtype=np.float32)
+    read = execute.Session(result.model).run({"x": x})["y"]
+    np.testing.assert_allclose(read, grid.round_trip(weight), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        BLOCKS.replace("granularity=block block=16", "granularity=channel"),
+        BLOCKS.replace("block=16", "block=8"),
+        "simplify,calibrate,quantize",
+    ],
+)
+def test_packed_weights_leaves_what_has_no_such_kernel(passes: str) -> None:
+    assert act(TWO_BLOCKS, "packed-weights", passes)[:2] == (0, [])
+
+
+def test_packed_weights_survive_a_relu_between(tmp_path: pathlib.Path) -> None:
+    text = """(float[N,32] x) => (float[N,32] y) <float[32,32] w, float[32,32] v> {
+        h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"""
+    result = lowering.lower(text, OrtCpu(), tmp_path, BLOCKS)
+    assert {ran.kernel for ran in result.proof.values()} == {"MatMulNBits"}
 
 
 # -- weights ------------------------------------------------------------------------------------
