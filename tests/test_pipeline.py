@@ -41,6 +41,7 @@ PASSES = registry.passes()
 # Every built-in pass, with every option away from its default.
 TEXTS = [
     "simplify",
+    "recompose",
     "fold-bn",
     "smooth-hadamard",
     "smooth-hadamard{block=4 exclude=head,Gemm}",
