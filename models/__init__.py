@@ -4,6 +4,9 @@
 * ``train_fashion``: the script that made them (needs torch).
 * ``fetch``: real models and data from public packages, downloaded on demand and checked.
 * ``public``: those real models as torch modules with calibration data (needs torch).
+* ``ocr``, ``filetypes``, ``speech``: those that are ONNX files, with calibration data.
+* ``vision``: torchvision's detectors and segmentation networks, random weights (needs torch).
+* ``pictures``: what the pictures to calibrate and to judge are cut from.
 
 Importing this package or ``fashion`` loads nothing heavier than numpy.
 """

@@ -78,7 +78,7 @@ def torchvision() -> Any:
 
     pooling: Any = sys.modules["torchvision.ops.roi_align"]
     in_python = pooling._roi_align.__wrapped__  # the function below its torch.compile
-    library.impl("nms", _nms, "CPU")
+    library.impl("nms", suppressed, "CPU")
     library.impl("roi_align", in_python, "CPU")
     torchvision.extension._has_ops = pooling._has_ops = _compiled_operators
     _libraries.append(library)
@@ -88,7 +88,7 @@ def torchvision() -> Any:
 _libraries: list[torch.library.Library] = []  # an operator lives as long as its library object
 
 
-def _nms(boxes: Tensor, scores: Tensor, overlap: float) -> Tensor:
+def suppressed(boxes: Tensor, scores: Tensor, overlap: float) -> Tensor:
     """Which of ``boxes`` [n, 4] to keep, best first: none overlaps a better one by more."""
     order = scores.argsort(descending=True, stable=True)
     ranked = boxes[order]

@@ -18,3 +18,18 @@ def test_int8_quick_claims_hold(tmp_path: pathlib.Path) -> None:
     assert {row["work"] for row in content["rows"]} == {"CNN", "ViT"}
     assert content["claims"]
     assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []
+
+
+def test_zoo_quick_claims_hold(tmp_path: pathlib.Path) -> None:
+    script, result = ROOT / "benchmarks" / "zoo.py", tmp_path / "zoo.json"
+    command = [sys.executable, str(script), "--quick", "--json", str(result)]
+    subprocess.run(command, check=True, capture_output=True)
+    content = json.loads(result.read_text())
+    done = {(row["model"], row["target"], row["result"]) for row in content["rows"]}
+    assert done == {
+        (name, *what)
+        for name in ("CNN", "ViT")
+        for what in (("ort-cpu", "runs"), ("tensorrt-rtx", "builds"))
+    }
+    assert len(content["claims"]) == 8
+    assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []
