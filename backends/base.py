@@ -115,6 +115,10 @@ class Target(abc.ABC):
     def prove(self, model: ir.Model, folder: pathlib.Path) -> dict[str, Ran]:
         """How each captured layer of the lowered ``model`` runs in what ``emit`` wrote."""
 
+    def notes(self, model: ir.Model) -> list[str]:
+        """What the user must know of what ``emit`` wrote of the lowered ``model``."""
+        return []
+
     def __str__(self) -> str:
         return syntax.render(self.name, self)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import tempfile
+from collections import Counter
 from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
@@ -69,8 +71,13 @@ def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
     weight that it reads; what is not found is "unknown", never "quantized".
     """
     by_node = {n.name or "": graph.origins(n) for n in lowered.graph if graph.origins(n)}
+    owners = Counter(w for n in lowered.graph if graph.origins(n) for w in _weights(n))
     by_weight = {
-        w: graph.origins(n) for n in lowered.graph if graph.origins(n) for w in _weights(n)
+        w: graph.origins(n)
+        for n in lowered.graph
+        if graph.origins(n)
+        for w in _weights(n)
+        if owners[w] == 1
     }
     missed = "the runtime found no integer kernel for the pattern"
     reasons = {o: why_float(n, missed) for n in lowered.graph for o in graph.origins(n)}
@@ -103,7 +110,8 @@ def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
 
 def _by_name(name: str, by_node: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
     """The layers of a kernel: the runtime keeps a node's name, or wraps it: ``fused N/Fusion``."""
-    stem = name.removeprefix("fused ")
+    # A kernel whose weight others share as well gets a name with a number.
+    stem = re.sub(r"_token_\d+$", "", name.removeprefix("fused "))
     while stem:
         if stem in by_node:
             return by_node[stem]

@@ -8,14 +8,12 @@ import json
 import pathlib
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
-from onnx_ir.passes import common
-from onnxscript import optimizer
 
 from qcompile import execute, graph, ports
-from qcompile.backends import trt_plan, trt_rules
+from qcompile.backends import trt_graph, trt_plan, trt_rules
 from qcompile.backends.base import Ran, Rule, Target, float_in_file, together, why_float
 from qcompile.backends.trt_build import Answer, Request
 from qcompile.errors import TargetError
@@ -61,11 +59,16 @@ class TensorRtRtx(Target):
     ) -> pathlib.Path:
         """Write ``model.onnx``, which the engine is made of, and ``model.engine``.
 
-        Raises TargetError if the parser or the builder refuses the model, or crashes.
+        What stands behind an operator without a kernel goes into ``tail.onnx``, which reads what
+        the engine writes. Raises TargetError if the parser or the builder refuses the model, or
+        crashes.
         """
         source, engine = folder / "model.onnx", folder / "model.engine"
         shapes = profile(model, calibration)
-        execute.save(settled(model, shapes), source)
+        head, tail = trt_graph.split(trt_graph.settled(model, shapes))
+        execute.save(head, source)
+        if tail is not None:
+            execute.save(tail, folder / "tail.onnx")
         request = Request(
             module="tensorrt_rtx",
             model=str(source),
@@ -94,17 +97,30 @@ class TensorRtRtx(Target):
                 if step.operation in ("corrltn", "fully_connected") or step.name.endswith("Fc"):
                     kernels.setdefault(node, step)
         found: dict[str, Ran] = {}
+        behind, missing = trt_graph.behind(model), self._missing(model)
         for node in model.graph:
             step = kernels.get(node.name or "")
             for layer in graph.origins(node):
                 reason = why_float(node, "the builder chose a float kernel")
-                if step is not None:
+                if node in behind:
+                    found[layer] = Ran("unknown", "", f"in tail.onnx: {missing}")
+                elif step is not None:
                     found[layer] = together(found.get(layer), _ran(step, reason))
                 elif layer not in found and float_in_file(node):
                     found[layer] = Ran("float", "", reason)
                 elif layer not in found:
                     found[layer] = Ran("unknown", "", "no kernel of this name in the plan")
         return found
+
+    def notes(self, model: ir.Model) -> list[str]:
+        count = len(trt_graph.behind(model))
+        tail = f"tail.onnx holds {count} of {len(model.graph)} nodes, to be run behind the engine"
+        return [f"{tail}: {self._missing(model)}"] if count else []
+
+    def _missing(self, model: ir.Model) -> str:
+        """Which operators have no kernel, in the user's words."""
+        kinds = sorted({node.op_type for node in trt_graph.without_kernel(model)})
+        return f"TensorRT-RTX has no kernel for {', '.join(kinds)}"
 
 
 def profile(model: ir.Model, calibration: Calibration | None) -> dict[str, list[list[int]]]:
@@ -139,36 +155,3 @@ def _ran(step: trt_plan.Step, reason: str) -> Ran:
     if integers:
         return Ran(f"{integers[0]} weights", kernel, "built, not run")
     return Ran("float", kernel, reason)
-
-
-def settled(model: ir.Model, shapes: dict[str, list[list[int]]]) -> ir.Model:
-    """``model`` with every branch taken that the shapes of its engine decide.
-
-    A model without bodies is returned as it is. The builder knows few operators inside a body, and
-    refuses branches of different shapes. Where ``shapes`` has one size for a dimension, as an
-    engine of that profile has, the size is written into the input, and what follows is folded.
-    """
-    if not any(
-        attr.type == ir.AttributeType.GRAPH for n in model.graph for attr in n.attributes.values()
-    ):
-        return model
-    model = model.clone()
-    for value in model.graph.inputs:
-        if value.name in shapes and value.shape is not None:
-            least, _, most = shapes[value.name]
-            sizes = zip(value.shape, least, most, strict=True)
-            value.shape = ir.Shape([low if low == high else dim for dim, low, high in sizes])
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = None
-    common.ShapeInferencePass()(model)
-    library: Any = optimizer  # partly untyped
-    library.fold_constants(model, onnx_shape_inference=True, should_fold=_may_fold)
-    graph.remove_dead(model)
-    return model
-
-
-def _may_fold(node: ir.Node) -> bool | None:
-    """Not the Q/DQ of weights and biases; for the rest as the optimizer thinks."""
-    return False if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None

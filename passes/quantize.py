@@ -116,7 +116,7 @@ def decide_weights(model: ir.Model, layers: list[Layer], how: Quantize, ctx: Con
     form = numerics.parse_format(how.weight)
     # One weight at a time, for a model larger than memory.
     jobs = (
-        (graph.constant(layer.weight.value).astype(np.float32, copy=False), _axes(layer, how))
+        (graph.finite_weight(layer).astype(np.float32, copy=False), _axes(layer, how))
         for layer in layers
     )
     search = functools.partial(_grid, form=form, method=how.method)

@@ -77,7 +77,7 @@ class SmoothHadamard(Pass):
                 rotated[place] = rotate(model, layer, hadamard, rank)
             source = (layer.weight.value, layer.reduce_axis)
             if source not in weights:
-                folded = _fold(graph.constant(source[0]), source[1], hadamard)
+                folded = _fold(graph.finite_weight(layer), source[1], hadamard)
                 name = f"{source[0].name}/rotated"
                 weights[source] = graph.add_constant(model, name, folded)
             layer.input.read_from(rotated[place])

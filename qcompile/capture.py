@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Generator, Sequence
 from typing import Any, cast
 
+import networkx
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -71,8 +72,7 @@ def read(source: str | os.PathLike[str] | ir.Model | Any) -> ir.Model | None:
 
     Raises CaptureError if it cannot be read or is broken (see sound.check).
     """
-    with _quiet():  # what onnx-ir finds strange is looked for by us, and said once
-        model = _load(source)
+    model = _load(source)
     if model is not None:
         sound.check(model)
         execute.read_external(model)
@@ -86,7 +86,7 @@ def _load(source: str | os.PathLike[str] | ir.Model | Any) -> ir.Model | None:
         return _from_proto(source)
     if isinstance(source, str | os.PathLike):
         text = str(os.fspath(cast("str", source)))
-        if ":" in text and not pathlib.Path(text).exists() and not text.endswith(".onnx"):
+        if ":" in text and not os.path.exists(text) and not text.endswith(".onnx"):
             return None
         return _from_file(pathlib.Path(text))
     return None
@@ -109,6 +109,9 @@ def load_object(text: str, what: str) -> Any:
         missing = getattr(error, "name", None) or module_name
         hint = "; pip install 'qcompile[torch]'" if missing == "torch" else ""
         raise CaptureError(f"{what} {text!r}: cannot import {missing!r}: {error}{hint}") from error
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+        said = f"importing {module_name} raises {type(error).__name__}: {error}"
+        raise CaptureError(f"{what} {text!r}: {said}") from error
     if not hasattr(module, attribute):
         public = [name for name in vars(module) if not name.startswith("_")]
         raise CaptureError(f"{what} {text!r}: {module_name} has no {attribute!r}; it has {public}")
@@ -116,12 +119,16 @@ def load_object(text: str, what: str) -> Any:
 
 
 def _from_file(path: pathlib.Path) -> ir.Model:
-    if not path.exists():
+    if not os.path.exists(path):  # false as well for a name that no file can have
         raise CaptureError(f"there is no file {str(path)!r}")
     if path.is_dir():
         raise CaptureError(f"{str(path)!r} is a folder; name the .onnx file")
     try:
         model = execute.load(path)
+    except NotImplementedError as error:
+        raise CaptureError(
+            f"{str(path)!r} has sparse weights; export it with dense ones"
+        ) from error
     except Exception as error:  # protobuf, onnx-ir and numpy each raise their own kinds
         raise CaptureError(
             f"{str(path)!r} is not a readable ONNX model: {reason(error)}"
@@ -141,6 +148,7 @@ def _from_proto(proto: onnx.ModelProto) -> ir.Model:
 
 def _repair(model: ir.Model, requantize: bool) -> ir.Model:
     opset.of(model)
+    _sort(model)
     if not requantize:
         _refuse_quantized(model)
     try:
@@ -186,9 +194,10 @@ def _refuse_quantized(model: ir.Model) -> None:
 
 
 def _clean(model: ir.Model) -> None:
-    """Take away what other compilations noted, and the sizes below 0 that some exporters write.
+    """Take away what other compilations noted, and sizes below 0 or named "?".
 
-    Those stand for a dynamic dimension. A role stays: it says that a node is no layer.
+    Those stand for a dynamic dimension. A role stays: it says that a node is no layer. A type that
+    says it is none is none.
     """
     values = list(graph.values(model))
     for holder in (*model.graph.all_nodes(), *values):
@@ -196,18 +205,38 @@ def _clean(model: ir.Model) -> None:
         for key in [k for k in props if k.startswith("qcompile.") and k != graph.ROLE]:
             del props[key]
     for value in values:
-        if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
-            value.shape = ir.Shape(
-                [None if isinstance(d, int) and d < 0 else d for d in value.shape]
-            )
+        if value.dtype == ir.DataType.UNDEFINED:
+            value.type = None
+        if value.shape is not None and any(map(_nameless, value.shape)):
+            value.shape = ir.Shape([None if _nameless(d) else d for d in value.shape])
+
+
+def _nameless(size: int | ir.SymbolicDim) -> bool:
+    """Whether ``size`` is below 0, or "?", which is no name: two of it need not be equal."""
+    return size < 0 if isinstance(size, int) else size.value == "?"
 
 
 def _tidy(model: ir.Model) -> None:
     """Constants as initializers, initializers that are no inputs, topological order, names."""
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveInitializersFromInputsPass()(model)
-    model.graph.sort()
+    _sort(model)
     _fill_names(model)
+
+
+def _sort(model: ir.Model) -> None:
+    """Topological order; CaptureError, naming a node, if there is none."""
+    try:
+        model.graph.sort()
+    except ValueError as error:
+        library: Any = networkx  # partly untyped
+        reads = library.DiGraph((p, node) for node in model.graph for p in node.predecessors())
+        circles = (c for c in library.strongly_connected_components(reads) if len(c) > 1)
+        found = next(circles, None) or {n for n in model.graph if n in n.predecessors()}
+        names = sorted(sound.name_of(node) for node in found)
+        raise CaptureError(
+            f"the model is broken: nodes read in a circle: {', '.join(map(repr, names[:5]))}"
+        ) from error
 
 
 def _fill_names(model: ir.Model) -> None:
@@ -245,12 +274,25 @@ def _from_torch(source: Any) -> ir.Model:
     except ImportError as error:
         raise CaptureError("a torch model needs torch: pip install 'qcompile[torch]'") from error
     if callable(source) and not isinstance(source, torch.nn.Module):
-        source = source()
+        try:
+            source = source()
+        except (Exception, SystemExit) as error:  # whatever the user's own code raises
+            said = f"{type(error).__name__}: {error}"
+            raise CaptureError(f"the factory of the model raises {said}") from error
+    several = isinstance(source, tuple | list)
+    given = list(cast("Sequence[Any]", source)) if several else [cast("Any", source)]
+    whole = isinstance(source, torch.export.ExportedProgram)
+    if not whole and not (len(given) in (2, 3) and isinstance(given[0], torch.nn.Module)):
+        kinds = ", ".join(type(part).__name__ for part in given)
+        raise CaptureError(
+            "a factory must return (module, example_inputs), (module, example_inputs, "
+            f"dynamic_shapes) or an ExportedProgram, not ({kinds})"
+        )
     try:
         with _quiet():
-            program = source
-            if not isinstance(source, torch.export.ExportedProgram):
-                module, example, *shapes = cast("Sequence[Any]", source)
+            program: Any = cast("Any", source)
+            if not whole:
+                module, example, *shapes = given
                 named = isinstance(example, dict)
                 program = torch.export.export(
                     module.eval(),
@@ -264,13 +306,6 @@ def _from_torch(source: Any) -> ir.Model:
             )
             assert exported is not None
             model: ir.Model = exported.model
-    except (TypeError, ValueError) as error:
-        if isinstance(source, tuple | torch.export.ExportedProgram):
-            raise CaptureError(f"torch.export failed: {_first_line(error)}") from error
-        raise CaptureError(
-            "a factory must return (module, example_inputs), (module, example_inputs, "
-            f"dynamic_shapes) or an ExportedProgram, not {type(source).__name__}"
-        ) from error
     except Exception as error:  # torch raises dozens of types for what it cannot export
         raise CaptureError(f"torch.export failed: {_first_line(error)}") from error
     library: Any = optimizer  # partly untyped

@@ -6,6 +6,7 @@ is not met; 70 a bug of ours; 130 Ctrl-C.
 
 from __future__ import annotations
 
+import logging
 import pathlib
 import sys
 from collections.abc import Iterable
@@ -239,6 +240,8 @@ def _progress(items: Iterable[Any], label: str, total: int | None = None) -> Ite
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
+    # What onnx-ir finds strange in a file is looked for by us, and said in our words.
+    logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
     try:
         code = app(exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:

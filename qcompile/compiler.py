@@ -131,7 +131,10 @@ def compile(
 
 
 # What the file system says that the user can put right.
-_OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE)
+_OF_THE_SYSTEM = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 class Compiler:
@@ -147,6 +150,8 @@ class Compiler:
         for what in ("state", "mask"):
             if getattr(options, what) is not None and options.calib is None:
                 raise CalibrationError(f"--{what} says how to read calibration data: give --calib")
+        if options.jobs < 1:
+            raise QCompileError(f"--jobs is a number of processes, from 1; got {options.jobs}")
         self._findings: list[str] = []
         self.text = recipes.expand(options.passes)
         self.passes = pipeline.parse(self.text, registry.passes())
@@ -181,7 +186,7 @@ class Compiler:
             if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
                 where = f" {error.filename!r}" if error.filename else ""
                 raise QCompileError(
-                    f"cannot write{where}: {error.strerror}; nothing was written"
+                    f"cannot read or write{where}: {error.strerror}; nothing was written"
                 ) from error
             part = self._part
             if isinstance(error, PassBug):
@@ -191,6 +196,8 @@ class Compiler:
 
     def _run(self, source: Any, out: pathlib.Path) -> list[Compiled]:
         folders.check(out)
+        if self.options.snapshots is not None:
+            folders.check_writable(self.options.snapshots)
         model = capture.capture(source, self.options.requantize)
         ports.choose_shapes(model, self.options.shape)
         image = self._fold(model)
@@ -202,7 +209,7 @@ class Compiler:
         self._findings = [f"the model as captured: {f}" for f in self._known]
         self._part = crash.Part(reference, self.text, str(self.targets[0]), calibration)
         judge = simulate.Judge(reference, calibration.judges) if calibration else None
-        self._check_conversion(source, judge)
+        self._check_conversion(source, reference, judge)
         shared, forked = pipeline.fork(self.passes)
         context = self._context(calibration, reference, self.targets[0])
         self._states = checkpoints.Checkpoints(self.options.resume, self.options.log)
@@ -261,7 +268,9 @@ class Compiler:
         pipeline.run(model, passes, context, watch, position)
         return model, steps
 
-    def _check_conversion(self, source: Any, judge: simulate.Judge | None) -> None:
+    def _check_conversion(
+        self, source: Any, reference: ir.Model, judge: simulate.Judge | None
+    ) -> None:
         """Run the file as it came against the model as captured, if its opset was converted."""
         original = capture.read(source)
         if original is None or opset.of(original) >= opset.CONVERTED:
@@ -276,8 +285,12 @@ class Compiler:
         except TargetError as error:
             self._findings.append(f"{what} was not checked by running: {error}")
             return
-        worst = judge.worst(session)
-        if not worst >= pipeline.SAME_FUNCTION_DB:
+        # Both as written: what the runtime rounds otherwise, a selection of boxes amplifies.
+        plain = execute.Session(reference, optimize=False)
+        worst = min(judge.between(session, plain).values(), default=math.inf)
+        if math.isnan(worst):
+            self._findings.append(f"{what} was not checked: the outputs are not finite")
+        elif not worst >= pipeline.SAME_FUNCTION_DB:
             raise CaptureError(
                 f"{what} changed the function ({worst:.1f} dB); export the model at opset "
                 f"{opset.CONVERTED} or above"
@@ -371,7 +384,14 @@ class Compiler:
             actual = execute.Session(main) if runs_here else simulated
             found, cosine = judge.sqnr(actual), judge.cosine(actual)
             expected = judge.sqnr(simulated) if runs_here else found
-            outputs = [report.Output(n, found[n], expected[n], cosine[n]) for n in judge.outputs]
+            uneven = judge.uneven(actual)
+            nan = math.nan
+            outputs = [
+                report.Output(
+                    n, found.get(n, nan), expected.get(n, nan), cosine.get(n, nan), uneven[n]
+                )
+                for n in judge.outputs
+            ]
             if runs_here:
                 apart = min(judge.between(simulated, actual).values(), default=math.inf)
             if self.options.latency and runs_here:
@@ -394,7 +414,7 @@ class Compiler:
             size=size,
             latency=latency,
             simulated_against_run=apart,
-            warnings=(*self._findings, *warnings),
+            warnings=(*self._findings, *target.notes(lowered), *warnings),
         )
 
     def _context(
@@ -546,6 +566,15 @@ def _warnings(
         what = "sequences" if calibration.state else "samples"
         found.append(f"too few {what} to keep any apart: accuracy is on the calibration samples")
     for output in outputs:
+        if output.uneven:
+            found.append(
+                f"output {output.name!r} has another size than in float for {output.uneven} "
+                "samples, which its figures leave out"
+            )
+        if math.isnan(output.sqnr):
+            if not output.uneven:
+                found.append(f"output {output.name!r} is not finite: its accuracy is unknown")
+            continue
         if not output.sqnr >= POOR_DB:
             found.append(f"output {output.name!r} has only {output.sqnr:.1f} dB of SQNR")
         moved = output.sqnr != output.simulated  # equal infinities have no difference

@@ -41,7 +41,7 @@ class Part:
 def write(error: Exception, out: pathlib.Path, part: Part, seed: int) -> Bug:
     """Write the reproducer of ``error`` beside ``out`` and return what to raise."""
     what = str(error) if isinstance(error, PassBug) else f"{type(error).__name__}: {error}"
-    place = out.parent / f"{out.name}-crash"
+    place = _place(out)
     try:
         with folders.appearing(place) as folder:
             (folder / "traceback.txt").write_text("".join(traceback.format_exception(error)))
@@ -56,6 +56,15 @@ def write(error: Exception, out: pathlib.Path, part: Part, seed: int) -> Bug:
     except Exception as another:  # what is broken enough to crash may not be writable either
         return Bug(f"{what} (no reproducer could be written: {another})", None)
     return Bug(what, place)
+
+
+def _place(out: pathlib.Path) -> pathlib.Path:
+    """The folder for a reproducer; one that is there already is replaced if it is ours."""
+    place, count = out.parent / f"{out.name}-crash", 0
+    while place.exists() and not (place / "traceback.txt").is_file():
+        count += 1
+        place = out.parent / f"{out.name}-crash.{count}"
+    return place
 
 
 def _few(calibration: Calibration) -> dict[str, Any]:

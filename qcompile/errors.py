@@ -101,7 +101,7 @@ _NOISE = re.compile(
     r"\[ONNXRuntimeError\] : \d+ : \w+ : |Exception during initialization: |"
     r"^onnxruntime\.capi\.\S+ |This is an invalid model\. |Node ?\(.*?\) with schema\(.*?:\d+\) |"
     r"\[(?:Shape|Type)InferenceError\] |\[with [^\]]*\] |"
-    r"\S+\.(?:cc|h):\d+: \w+: Assertion `[^`]*` failed[:.] ?|"
+    r"\S+\.(?:cc|h):\d+: \w+: (?:Assertion `[^`]*` failed: (?=\S))?|"
     r"\S*/onnxruntime\S*/\S+\.(?:cc|h):\d+ (?:.*?\)(?: const)? )?|\w+\.(?:cc|h):\d+ \w+ "
 )
 _NODE = re.compile(
@@ -118,8 +118,9 @@ _LONGEST = 600
 
 def reason(error: BaseException) -> str:
     """What was wrong, in one line: what the first cause of a library's ``error`` says."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    # An error in the handling of another one hides what was wrong.
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
     unknown = _UNKNOWN.search(str(error))
     if unknown is not None:
         domain, kind = unknown.groups()

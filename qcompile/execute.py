@@ -184,9 +184,9 @@ def complete_types(model: ir.Model, feeds: Feeds) -> None:
     names = [v.name or "" for v in unknown]
     found = Session(fetch(model, names), optimize=False).run(feeds)
     for value in unknown:
-        array = found[value.name or ""]
-        if isinstance(array, np.ndarray):
-            value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+        kind = getattr(found[value.name or ""], "dtype", None)
+        if kind is not None:  # a sequence is a list
+            value.type = ir.TensorType(ir.DataType.from_numpy(kind))
 
 
 def execute(

@@ -9,22 +9,40 @@ import shutil
 import tempfile
 from collections.abc import Generator
 
+from qcompile import registry
 from qcompile.errors import QCompileError
 
 
 def check(out: pathlib.Path) -> None:
     """Raise QCompileError if ``out`` cannot become our folder."""
-    if out.is_file():
-        raise QCompileError(f"{str(out)!r} is a file; name a folder to write")
-    if out.is_dir() and any(out.iterdir()) and not list(out.rglob("report.json")):
+    if out.resolve() in (here := pathlib.Path.cwd(), *here.parents):
+        raise QCompileError(f"{str(out)!r} is a folder that you work in; name another to write")
+    if out.is_dir() and any(out.iterdir()) and not _ours(out):
         raise QCompileError(
             f"the folder {str(out)!r} holds files that qcompile did not write; name another"
         )
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        raise QCompileError(f"cannot write into {str(parent)!r}")
+    check_writable(out)
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Raise QCompileError if ``folder`` is no folder and cannot become one."""
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise QCompileError(f"{str(place)!r} is a file; name a folder to write")
+    try:
+        # Trying is the only test: not every folder that may be written to takes files.
+        os.rmdir(tempfile.mkdtemp(prefix=".qcompile-", dir=place))
+    except OSError as error:
+        raise QCompileError(f"cannot write into {str(place)!r}: {error.strerror}") from error
+
+
+def _ours(folder: pathlib.Path) -> bool:
+    """Whether a run wrote ``folder``: files of one target, or a folder for each of several."""
+    if all((folder / name).is_file() for name in ("report.json", "pipeline.txt")):
+        return True
+    return all(p.name in registry.targets() and p.is_dir() and _ours(p) for p in folder.iterdir())
 
 
 @contextlib.contextmanager

@@ -288,6 +288,20 @@ def is_constant(value: ir.Value) -> bool:
     return True
 
 
+def finite_weight(layer: Layer) -> Array:
+    """The array of the constant weight of ``layer``; raise PassError if it is not finite.
+
+    No grid covers NaN or infinity, and a sum spreads them over what was finite.
+    """
+    array = constant(layer.weight.value)
+    if not np.isfinite(array).all():
+        raise PassError(
+            f"weight {layer.weight.value.name!r} of layer {layer.name!r} has NaN or infinity in "
+            "it; exclude the layer"
+        )
+    return array
+
+
 def _holds_tensor(node: ir.Node) -> bool:
     return (
         node.op_type == "Constant"
@@ -499,13 +513,14 @@ def redirect(model: ir.Model, old: ir.Value, new: ir.Value, keep: Callable[[Use]
     for node, index in list(old.uses()):
         if not keep(Use(node, index)):
             node.replace_input_with(index, new)
-    for position, output in enumerate(model.graph.outputs):
-        if output is old:
-            name = old.name
-            old.name = unique(model, f"{name}/inner")
-            new.name = name
-            new.type, new.shape = old.type, old.shape
-            model.graph.outputs[position] = new
+    places = [i for i, output in enumerate(model.graph.outputs) if output is old]
+    if places:  # more than one if the model lists an output twice
+        name = old.name
+        old.name = unique(model, f"{name}/inner")
+        new.name = name
+        new.type, new.shape = old.type, old.shape
+    for position in places:
+        model.graph.outputs[position] = new
 
 
 def replace(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
@@ -514,6 +529,16 @@ def replace(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
     redirect(model, old, new, keep=lambda _: False)
     if new.name != name:
         old.name, new.name = unique(model, f"{name}/gone"), name
+
+
+def inside(node: ir.Node) -> Iterator[ir.Node]:
+    """The nodes of the bodies of ``node``."""
+    for attr in node.attributes.values():
+        if attr.type == ir.AttributeType.GRAPH:
+            yield from attr.value.all_nodes()
+        elif attr.type == ir.AttributeType.GRAPHS:
+            for body in attr.value:
+                yield from body.all_nodes()
 
 
 def remove_dead(model: ir.Model) -> int:
@@ -525,6 +550,8 @@ def remove_dead(model: ir.Model) -> int:
     for node in reversed(list(model.graph)):
         if not any(v.uses() or v.is_graph_output() for v in node.outputs):
             model.graph.remove(node, safe=True)
+            for inner in inside(node):  # or its bodies would read on
+                inner.resize_inputs(0)
     named = {
         name for node in model.graph for s in spec.all_specs(node).values() for name in s.arrays()
     }

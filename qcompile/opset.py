@@ -48,6 +48,11 @@ def convert(model: ir.Model) -> ir.Model:
     before = of(model)
     if before >= CONVERTED:
         return model
+    for node in model.graph.all_nodes():
+        if node.domain == "" and not onnx.defs.has(node.op_type, before):
+            raise CaptureError(
+                f"node {node.name!r}: ONNX has no operator {node.op_type!r} at opset {before}"
+            )
     try:
         return _through_onnx(
             model, lambda proto: onnx.version_converter.convert_version(proto, CONVERTED)
@@ -93,6 +98,7 @@ def _through_onnx(
 ) -> ir.Model:
     """``function`` of the model as protobuf, its large weights left out and put back."""
     hollow = model.clone()
+    fit_format(hollow)  # some files name a format that never held their opset, or none
     weights: dict[str, ir.TensorProtocol] = {}
     inputs = {value.name for value in hollow.graph.inputs}
     for name, value in list(hollow.graph.initializers.items()):

@@ -25,7 +25,11 @@ def expand(text: str) -> str:
     path = pathlib.Path(name)
     if not path.is_file():
         raise QCompileError(f"no recipe and no file is called {name!r}; {nearest(name, RECIPES)}")
-    lines = [line.partition("#")[0].strip().rstrip(",") for line in path.read_text().splitlines()]
+    try:
+        whole = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise QCompileError(f"the recipe file {name!r} is not readable text: {error}") from error
+    lines = [line.partition("#")[0].strip().rstrip(",") for line in whole.splitlines()]
     kept = [line for line in lines if line]
     if not kept:
         raise QCompileError(f"the recipe file {name!r} names no pass")

@@ -52,12 +52,14 @@ class Output:
     """One output of the model against float, on the samples kept to judge.
 
     ``sqnr`` is as it runs here, ``simulated`` without the runtime's optimizations; both in dB.
+    ``uneven`` samples are left out, because the output has another size than in float.
     """
 
     name: str
     sqnr: float
     simulated: float
     cosine: float
+    uneven: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,9 @@ class Judge:
     """Compares models with the float reference on samples that nothing was fitted on.
 
     Powers are summed over all samples before they are divided, in float64. Every model carries a
-    state of its own from frame to frame, so that what its state has lost counts.
+    state of its own from frame to frame, so that what its state has lost counts. A sample for which
+    an output has another size than in float, as the boxes of a detector may, is left out of the
+    figures of that output; an output with no sample left has none.
     """
 
     def __init__(self, reference: ir.Model, samples: Sequence[Sample]) -> None:
@@ -55,8 +57,17 @@ class Judge:
         found: dict[str, list[float]] = {name: [] for name in self.outputs}
         for wanted, actual in zip(self._wanted, self._results(session), strict=True):
             for name in self.outputs:
-                found[name].append(cosine(wanted[name], actual[name]))
-        return {name: float(np.mean(values)) for name, values in found.items()}
+                if np.shape(wanted[name]) == np.shape(actual[name]):
+                    found[name].append(cosine(wanted[name], actual[name]))
+        return {name: float(np.mean(values)) for name, values in found.items() if values}
+
+    def uneven(self, session: Session) -> dict[str, int]:
+        """For how many samples each output of ``session`` has another size than in float."""
+        count = dict.fromkeys(self.outputs, 0)
+        for wanted, actual in zip(self._wanted, self._results(session), strict=True):
+            for name in self.outputs:
+                count[name] += np.shape(wanted[name]) != np.shape(actual[name])
+        return count
 
     def worst(self, session: Session) -> float:
         """The lowest SQNR of all outputs; infinity if there is no floating-point output."""
@@ -91,8 +102,10 @@ def ratio(signal: float, noise: float) -> float:
 
 
 def cosine(one: Array, other: Array) -> float:
-    """Cosine of the angle between two arrays; 1 if both are zero."""
+    """Cosine of the angle between two arrays; 1 if both are zero, NaN if one is not finite."""
     a, b = np.asarray(one, np.float64).ravel(), np.asarray(other, np.float64).ravel()
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("nan")
     norm = float(np.linalg.norm(a) * np.linalg.norm(b))
     return 1.0 if norm == 0.0 and np.array_equal(a, b) else float(a @ b / norm) if norm else 0.0
 
@@ -118,16 +131,20 @@ def layer_sqnr(
 def _sqnr_of(
     names: Sequence[str], pairs: Iterable[tuple[dict[str, Array], dict[str, Array]]]
 ) -> dict[str, float]:
-    """SQNR in dB of each name over pairs of what is wanted and what is."""
+    """SQNR in dB of each name over pairs of what is wanted and what is, where sizes agree."""
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    compared: set[str] = set()
     for wanted, actual in pairs:
         for name in names:
+            if np.shape(wanted[name]) != np.shape(actual[name]):
+                continue
+            compared.add(name)
             reference = np.asarray(wanted[name], np.float64)
             with np.errstate(invalid="ignore", over="ignore"):  # the ratio of those is NaN
                 noises = (np.asarray(actual[name], np.float64) - reference) ** 2
                 signal[name] += float(np.sum(reference**2))
                 noise[name] += float(np.sum(noises))
-    return {name: ratio(signal[name], noise[name]) for name in names}
+    return {name: ratio(signal[name], noise[name]) for name in names if name in compared}
 
 
 def _names(model: ir.Model) -> set[str]:
