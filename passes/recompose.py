@@ -1,4 +1,4 @@
-"""Recognise LayerNormalization and Gelu in the arithmetic that exporters make of them.
+"""Recognise LayerNormalization, Gelu and HardSwish in the arithmetic that exporters make of them.
 
 Our own housekeeping, no paper. As one node they keep their kernel: Q/DQ around a neighbour would
 hide the parts from the pattern that a runtime looks for.
@@ -29,6 +29,7 @@ class Recompose(Pass):
       and shift of their shape behind it where there are any, becomes LayerNormalization.
     * ``x * (1 + erf(x / sqrt(2))) / 2``, in any order of the products, becomes Gelu; the opset is
       raised to 20, the first that has it.
+    * ``x * clip(x + 3, 0, 6) / 6`` becomes HardSwish.
 
     A part that anything else reads keeps its pattern as it is.
     """
@@ -39,12 +40,13 @@ class Recompose(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         norms = sum(_layer_norm(model, node) for node in list(model.graph))
+        swishes = sum(_hard_swish(model, n) for n in list(model.graph) if n.op_type == "Clip")
         graph.remove_dead(model)
         gelus = sum(_gelu(model, node) for node in list(model.graph) if node.op_type == "Erf")
         if gelus:
             graph.remove_dead(model)
             opset.raise_to(model, _GELU_OPSET, opset.NEWEST)
-        return {"layer norms": norms, "gelus": gelus}
+        return {"layer norms": norms, "gelus": gelus, "hard swishes": swishes}
 
 
 def _is(value: ir.Value | None, *kinds: str) -> ir.Node | None:
@@ -201,7 +203,7 @@ def _gelu(model: ir.Model, erf: ir.Node) -> bool:
     if first is None:
         return False
     factor = _other(first, plus.outputs[0])
-    last = _half(first.outputs[0]) if factor is x else None
+    last = _divided(first.outputs[0], 2) if factor is x else None
     if last is None and factor is not None and _halves(factor, x):
         last = first.outputs[0]
     if last is None and _near(factor, 0.5):
@@ -226,12 +228,14 @@ def _scaled_by_root(node: ir.Node) -> ir.Value | None:
     return None
 
 
-def _half(value: ir.Value) -> ir.Value | None:
-    """What the only reader of ``value`` writes, if it halves it."""
+def _divided(value: ir.Value, number: float) -> ir.Value | None:
+    """What the only reader of ``value`` writes, if it divides it by ``number``."""
     node = _reader(value, "Mul", "Div")
-    if node is None or not _near(_other(node, value), 0.5 if node.op_type == "Mul" else 2.0):
+    if node is None:
         return None
-    return node.outputs[0] if node.inputs[0] is value or node.op_type == "Mul" else None
+    by = 1 / number if node.op_type == "Mul" else number
+    numerator = node.inputs[0] is value or node.op_type == "Mul"
+    return node.outputs[0] if numerator and _near(_other(node, value), by) else None
 
 
 def _halves(value: ir.Value, x: ir.Value) -> bool:
@@ -242,3 +246,30 @@ def _halves(value: ir.Value, x: ir.Value) -> bool:
     if node.op_type == "Mul":
         return _near(_other(node, x), 0.5)
     return node.inputs[0] is x and _near(node.inputs[1], 2.0)
+
+
+# -- HardSwish ----------------------------------------------------------------------------------
+
+
+def _hard_swish(model: ir.Model, clip: ir.Node) -> bool:
+    bounds = [*clip.inputs, None, None][1:3]
+    plus = _is(clip.inputs[0], "Add")
+    if plus is None or not (_near(bounds[0], 0.0) and _near(bounds[1], 6.0)):
+        return False
+    x = next((v for v in plus.inputs if v is not None and _near(_other(plus, v), 3.0)), None)
+    clipped = clip.outputs[0]
+    product = _reader(clipped, "Mul")
+    last = None
+    if product is not None and x is not None and _other(product, clipped) is x:
+        last = _divided(product.outputs[0], 6)
+    elif (divided := _divided(clipped, 6)) is not None:
+        product = _reader(divided, "Mul")
+        if product is not None and x is not None and _other(product, divided) is x:
+            last = product.outputs[0]
+    if last is None:
+        return False
+    swish = graph.insert(
+        model, "HardSwish", [x], output=f"{last.name}/swish", before=last.producer(), like=last
+    )
+    graph.replace(model, last, swish)
+    return True

@@ -27,12 +27,22 @@ NORMS = {
         v = ReduceMean<axes=[-2,-1]>(p) e = Add(v, eps) r = Sqrt(e) n = Div(d, r)
         y = Mul(n, g) }""",
 }
+SWISHES = [
+    "u = Add(x, three) c = Clip(u, zero, six) p = Mul(x, c) y = Div(p, six)",
+    "u = Add(three, x) c = Clip(u, zero, six) p = Mul(c, x) y = Mul(p, sixth)",
+    "u = Add(x, three) c = Clip(u, zero, six) d = Div(c, six) y = Mul(x, d)",
+]
+BOUNDS = "float three = {3}, float zero = {0}, float six = {6}, float sixth = {0.16666667}"
 OTHERS = {
     "not the last axes": NORMS["neither"].replace("[-1]", "[1]"),
     "another exponent": NORMS["neither"].replace("two = {2}", "two = {3}"),
     "the squares of something else": NORMS["neither"].replace("Pow(d,", "Pow(x,"),
     "a sum": NORMS["neither"].replace("v = ReduceMean", "v = ReduceMax"),
     "without the axis": NORMS["neither"].replace("<axes=[-1]>", "<axes=[-1], keepdims=0>"),
+    "another bound": f"""(float[2,8] x) => (float[2,8] y) <{BOUNDS}> {{
+        u = Add(x, three) c = Clip(u, zero, three) p = Mul(x, c) y = Div(p, six) }}""",
+    "a clip of something else": f"""(float[2,8] x, float[2,8] z) => (float[2,8] y) <{BOUNDS}> {{
+        u = Add(x, three) c = Clip(u, zero, six) p = Mul(z, c) y = Div(p, six) }}""",
     "erf of something else": """(float[2,8] x, float[2,8] z) => (float[2,8] y)
         <float r = {1.41421356}, float one = {1}, float h = {0.5}> {
         u = Div(x, r) e = Erf(u) a = Add(e, one) p = Mul(z, a) y = Mul(p, h) }""",
@@ -74,12 +84,18 @@ def test_a_gelu_is_recomposed(source: str) -> None:
     assert recomposed(f"(float[2,8] x) => (float[2,8] y) {CONSTANTS} {{ {source} }}") == ["Gelu"]
 
 
+@pytest.mark.parametrize("source", SWISHES)
+def test_a_hard_swish_is_recomposed(source: str) -> None:
+    text = f"(float[2,8] x) => (float[2,8] y) <{BOUNDS}> {{ {source} }}"
+    assert recomposed(text) == ["HardSwish"]
+
+
 @pytest.mark.parametrize("case", OTHERS)
 def test_what_is_something_else_is_left_alone(case: str) -> None:
     model = graph(OTHERS[case], 17)
     before = text.render(model, weights=True)
     counted = Recompose().run(model, Context())
-    assert counted == {"layer norms": 0, "gelus": 0}
+    assert not any(counted.values())
     assert text.render(model, weights=True) == before
 
 
