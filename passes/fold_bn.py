@@ -28,7 +28,8 @@ class FoldBn(Pass):
     [O, I, kh, kw] of a Conv, [I, O / groups, kh, kw] of a ConvTranspose, or the weight of a Gemm,
     or of a MatMul if there is no shift. The fold is done in float64, again and again until nothing
     more stands behind the layer. Left alone, and counted: a BatchNormalization in training mode,
-    with statistics that are not constant, or behind anything but a layer whose only reader it is.
+    with statistics that are not constant or not finite, or behind anything but a layer whose only
+    reader it is.
     """
 
     name: ClassVar[str] = "fold-bn"
@@ -91,7 +92,8 @@ def _batch_norm(layer: Layer, node: ir.Node) -> tuple[Doubles, Doubles] | None:
     if len(statistics) < 4 or not first or not unused or graph.attribute(node, "training_mode", 0):
         return None
     gamma, beta, mean, variance = (graph.constant(v).astype(np.float64) for v in statistics)
-    gain = gamma / np.sqrt(variance + graph.attribute(node, "epsilon", 1e-5))
+    with np.errstate(invalid="ignore", divide="ignore"):  # a gain that is not finite is not taken
+        gain = gamma / np.sqrt(variance + graph.attribute(node, "epsilon", 1e-5))
     return gain, beta - gain * mean
 
 
@@ -118,6 +120,8 @@ def _takes(layer: Layer, gain: Doubles, shift: Doubles) -> bool:
     channels = (graph.shape_of(layer.weight.value) or ())[layer.channel_axis]
     grouped = graph.attribute(layer.node, "group", 1) if layer.kind == "conv-transpose" else 1
     if layer.bias is not None and not graph.is_constant(layer.bias.value):
+        return False
+    if not (np.isfinite(gain).all() and np.isfinite(shift).all()):
         return False
     if not {gain.size, shift.size} <= {1, channels * grouped}:
         return False  # broadcast to more channels than the layer has

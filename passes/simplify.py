@@ -104,7 +104,7 @@ def _to_pool(model: ir.Model, node: ir.Node) -> bool:
         axes = graph.constant(node.inputs[1]) if graph.is_constant(node.inputs[1]) else None
     if axes is None or sorted(int(a) % rank for a in axes) != list(range(2, rank)):
         return False
-    keeps = graph.attribute(node, "keepdims", 1)
+    keeps = graph.attribute(node, "keepdims", 1) == 1
     node.attributes.clear()
     node.resize_inputs(1)
     node.op_type = "GlobalAveragePool"

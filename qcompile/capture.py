@@ -73,15 +73,18 @@ def read(source: str | os.PathLike[str] | ir.Model | Any) -> ir.Model | None:
     Raises CaptureError if it cannot be read or is broken (see sound.check).
     """
     model = _load(source)
-    if model is not None:
-        sound.check(model)
-        execute.read_external(model)
+    if model is None:
+        return None
+    sound.check(model)
+    if model is source:
+        model = model.clone()
+    execute.read_external(model)
     return model
 
 
 def _load(source: str | os.PathLike[str] | ir.Model | Any) -> ir.Model | None:
     if isinstance(source, ir.Model):
-        return source.clone()
+        return source
     if isinstance(source, onnx.ModelProto):
         return _from_proto(source)
     if isinstance(source, str | os.PathLike):
@@ -125,10 +128,6 @@ def _from_file(path: pathlib.Path) -> ir.Model:
         raise CaptureError(f"{str(path)!r} is a folder; name the .onnx file")
     try:
         model = execute.load(path)
-    except NotImplementedError as error:
-        raise CaptureError(
-            f"{str(path)!r} has sparse weights; export it with dense ones"
-        ) from error
     except Exception as error:  # protobuf, onnx-ir and numpy each raise their own kinds
         raise CaptureError(
             f"{str(path)!r} is not a readable ONNX model: {reason(error)}"

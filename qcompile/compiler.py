@@ -203,6 +203,7 @@ class Compiler:
         image = self._fold(model)
         calibration = self._calibration(model, image)
         if calibration is not None:
+            execute.survive(model, calibration.samples[0])
             execute.complete_types(model, calibration.samples[0])
         reference = model.clone()
         self._known = verify.findings(model)

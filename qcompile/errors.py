@@ -100,7 +100,7 @@ class Bug(Exception):
 _NOISE = re.compile(
     r"\[ONNXRuntimeError\] : \d+ : \w+ : |Exception during initialization: |"
     r"^onnxruntime\.capi\.\S+ |This is an invalid model\. |Node ?\(.*?\) with schema\(.*?:\d+\) |"
-    r"\[(?:Shape|Type)InferenceError\] |\[with [^\]]*\] |"
+    r"\[(?:Shape|Type)InferenceError\] |\[with [^\]]*\] | Please contribute by .*|"
     r"\S+\.(?:cc|h):\d+: \w+: (?:Assertion `[^`]*` failed: (?=\S))?|"
     r"\S*/onnxruntime\S*/\S+\.(?:cc|h):\d+ (?:.*?\)(?: const)? )?|\w+\.(?:cc|h):\d+ \w+ "
 )

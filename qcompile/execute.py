@@ -27,6 +27,8 @@ Feeds = Mapping[str, Array]
 # Protobuf holds a model twice while it reads or writes it, and never 2 GiB of it; above this the
 # weights go into a file of their own.
 _IN_MEMORY_BYTES = 256 << 20
+# Seconds after which a Loop counts as one without an end; a sample takes far less than one.
+_PATIENCE = 600
 
 
 class Session:
@@ -96,16 +98,59 @@ def optimize(path: pathlib.Path, optimized: pathlib.Path) -> None:
     In a process of its own: the weights of both are in its memory, and go with it. Raises
     TargetError if the runtime refuses the model, or crashes.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", _OPTIMIZE, os.fspath(path), os.fspath(optimized)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = _apart(_OPTIMIZE, path, optimized)
     if done.returncode:
-        if done.returncode < 0:
-            died = signal.Signals(-done.returncode).name
-            raise TargetError(f"ONNX Runtime dies of the model by {died}")
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise TargetError(f"ONNX Runtime refuses the model: {reason(RuntimeError(lines[-1]))}")
+
+
+def survive(model: ir.Model, feeds: Feeds) -> None:
+    """Raise TargetError if ONNX Runtime dies of running ``model`` once, or does not end.
+
+    ONNX's checks do not see into control flow and operators of other domains, and kernels that rely
+    on them end the process, as a Loop does that counts to a tensor of no elements. So what has any
+    runs in a process of its own first, unless it is large: such a file is nobody's accident.
+    """
+    nodes = list(model.graph)
+    bodies = any(a.type == ir.AttributeType.GRAPH for n in nodes for a in n.attributes.values())
+    foreign = any(node.domain not in ("", "ai.onnx") for node in nodes)
+    if not (bodies or foreign) or weight_bytes(model) >= _IN_MEMORY_BYTES:
+        return
+    with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
+        file, data = pathlib.Path(folder) / "model.onnx", pathlib.Path(folder) / "data.npz"
+        save(model, file)
+        np.savez(data, *(feeds[value.name or ""] for value in model.graph.inputs))
+        try:
+            _apart(
+                _RUN, file, data, patience=_PATIENCE
+            )  # what it refuses is said where it runs next
+        except subprocess.TimeoutExpired as error:
+            raise TargetError(f"one run of the model takes more than {_PATIENCE} s") from error
+
+
+def _apart(
+    code: str, *words: pathlib.Path, patience: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own; raise TargetError if a signal ends it."""
+    command = [sys.executable, "-c", code, *map(os.fspath, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
+    if done.returncode < 0:
+        died = signal.Signals(-done.returncode).name
+        raise TargetError(f"ONNX Runtime dies of the model ({died})")
+    return done
+
+
+_RUN = """
+import sys
+import numpy
+import onnxruntime
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+arrays = numpy.load(sys.argv[2])
+names = [entered.name for entered in session.get_inputs()]
+session.run(None, {name: arrays[f"arr_{number}"] for number, name in enumerate(names)})
+"""
 
 
 # Imports nothing of qcompile, so that it starts fast. Without prepacking, which no rewrite needs,

@@ -334,7 +334,8 @@ def _moved(node: ir.Node, array: Array, rest: Sequence[Array]) -> Array:
         shape = [array.shape[i] if d == 0 else int(d) for i, d in enumerate(rest[0])]
         return array.reshape(shape)
     if node.op_type == "Cast":
-        return array.astype(ir.DataType(attribute(node, "to", 1)).numpy())
+        with np.errstate(over="ignore", invalid="ignore"):  # the runtime does not wonder either
+            return array.astype(ir.DataType(attribute(node, "to", 1)).numpy())
     if node.op_type == "Squeeze":
         return np.squeeze(array, axis=tuple(int(a) for a in rest[0]) if rest else None)
     if node.op_type == "Unsqueeze":

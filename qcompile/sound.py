@@ -24,8 +24,11 @@ def check(model: ir.Model) -> None:
     """Raise CaptureError, naming node or value, unless ``model`` is whole.
 
     Inputs are tensors of a known type; what is read is written; weights, and the files that they
-    lie in, have the bytes that their shapes need; attributes have the types that ONNX gives them.
+    lie in, have the bytes that their shapes need; attributes are those of ONNX, and of its types.
     """
+    for word in _words(model):
+        if isinstance(word, bytes):
+            raise _broken(f"the name {word!r} is no text")
     for value in model.graph.inputs:
         if isinstance(value.type, ir.SequenceType | ir.OptionalType):
             raise _broken(f"input {value.name!r} is no tensor ({value.type})")
@@ -87,6 +90,15 @@ def _graphs(model: ir.Model) -> Iterator[ir.Graph]:
         waiting += (body for node in graph for body in _bodies(node))
 
 
+def _words(model: ir.Model) -> Iterator[Any]:
+    """The names in ``model``; protobuf leaves those as bytes that are not UTF-8."""
+    for graph in _graphs(model):
+        yield from (v.name for v in (*graph.inputs, *graph.initializers.values()))
+        for node in graph:
+            yield from (node.domain, node.op_type, node.name, *node.attributes)
+            yield from (v.name for v in node.outputs)
+
+
 def _bodies(node: ir.Node) -> Iterable[ir.Graph]:
     for attr in node.attributes.values():
         if not attr.is_ref() and attr.type == ir.AttributeType.GRAPH:
@@ -116,6 +128,8 @@ def _check_tensor(tensor: ir.TensorProtocol, name: str) -> None:
     dims = list(tensor.shape.numpy())
     if any(size < 0 for size in dims):
         raise _broken(f"weight {name!r} has the shape {dims}")
+    if tensor.dtype == ir.DataType.UNDEFINED:
+        raise _broken(f"weight {name!r} has no type")
     if isinstance(tensor, ir.ExternalTensor):
         _check_file(tensor, name)
     elif isinstance(tensor, ir.TensorProtoTensor) and tensor.dtype != ir.DataType.STRING:
@@ -156,8 +170,8 @@ def _check_attributes(node: ir.Node, opsets: dict[str, int]) -> None:
         return  # the runtime may know it
     for attr in node.attributes.values():
         wanted = schema.attributes.get(attr.name)
+        what = f"node {name_of(node)!r} ({node.op_type}) has the attribute {attr.name!r}"
+        if wanted is None and not attr.name.startswith("__"):  # those are for anybody
+            raise _broken(f"{what}, which ONNX does not know")
         if wanted is not None and wanted.type.value != attr.type.value:
-            raise _broken(
-                f"node {name_of(node)!r} ({node.op_type}) has the attribute {attr.name!r} as "
-                f"{attr.type.name}; ONNX wants {wanted.type.name}"
-            )
+            raise _broken(f"{what} as {attr.type.name}; ONNX wants {wanted.type.name}")

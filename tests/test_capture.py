@@ -215,6 +215,23 @@ def test_an_older_opset_is_converted_truly(case: str) -> None:
             np.testing.assert_allclose(array, expected[name], rtol=1e-6, atol=1e-6)
 
 
+def test_a_model_of_an_old_format_is_converted() -> None:
+    source = """(float[1,2,4,4] x) => (float[1,32] y) <float[2,2,1,1] w> {
+        h = Conv(x, w) s = Constant<value_ints=[1, 32]>() y = Reshape(h, s) }"""
+    model = proto(source, 9)
+    shape = onnx.numpy_helper.from_array(np.array([1, 32]))
+    model.graph.node[1].CopyFrom(onnx.helper.make_node("Constant", [], ["s"], value=shape))
+    # Where all weights are inputs as well.
+    model.ir_version = 3
+    model.graph.input.append(
+        onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [2, 2, 1, 1])
+    )
+    captured = capture(model)
+    assert [v.name for v in captured.graph.inputs] == ["x"]
+    assert [node.op_type for node in captured.graph] == ["Conv", "Reshape"]
+    assert not verify.findings(captured)
+
+
 def test_conversion_keeps_the_metadata_of_the_model() -> None:
     model = proto(LINEAR, 11)
     model.metadata_props.add(key="character", value="a\nb")

@@ -5,54 +5,19 @@ from __future__ import annotations
 import json
 import pathlib
 import shlex
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from command import Command, Result, names, process
 from graphs import CHAIN, graph, proto, samples
 
-from qcompile import cli, execute, recipes, registry
+from qcompile import execute, recipes, registry
 from qcompile.capture import capture
 from qcompile.models import fashion
 
 # The framework wonders why a test calls the command line without words; here they are in sys.argv.
 pytestmark = pytest.mark.filterwarnings("ignore:Cyclopts application invoked")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Result]
-
-
-@pytest.fixture
-def qcompile(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """The command line in this process; no answer of it may be a traceback."""
-
-    def command(*words: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["qcompile", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return Result(int(caught.value.code or 0), out, err)
-
-    return command
-
-
-def process(*words: object, cwd: pathlib.Path | None = None) -> Result:
-    """The command line as a process of its own."""
-    command = [sys.executable, "-m", "qcompile.cli", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-    assert "Traceback" not in done.stdout + done.stderr
-    return Result(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture
@@ -64,10 +29,6 @@ def here(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pat
     np.savez(tmp_path / "data.npz", x=stacked)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def names(folder: pathlib.Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
 
 
 TINY = ("m.onnx", "--calib", "data.npz", "-o", "result")
@@ -228,112 +189,9 @@ def test_sequences_carry_a_state_and_the_report_says_so(
     assert "--state h=hn" in (here / "said" / "pipeline.txt").read_text()
 
 
-# -- exit code 1: the user's mistakes, in the user's words --------------------------------------
+# -- exit code 1: the user's mistakes; test_bad_input.py has the list ---------------------------
 
 WITH_DATA = ["--calib", "data.npz"]
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["gone.onnx", *WITH_DATA], "there is no file 'gone.onnx'"),
-        (["notes.onnx", *WITH_DATA], "'notes.onnx' is not"),
-        ([".", *WITH_DATA], "is a folder; name the .onnx file"),
-        (["nowhere:make", *WITH_DATA], "cannot import 'nowhere'"),
-        (["m.onnx"], "no calibration data: give --calib"),
-        (["m.onnx", "--calib", "gone.npz"], "there is no file 'gone.npz'"),
-        (["m.onnx", "--calib", "notes.onnx"], "is no .npz file"),
-        (["m.onnx", "--calib", "text.npz"], "'text.npz' is not a readable .npz"),
-        (["m.onnx", "--calib", "noise"], "a source is an .npz file"),
-        (["m.onnx", "--calib", "names.npz"], "no array for input 'x'; it has z"),
-        (["m.onnx", "--calib", "more.npz"], "an array 'extra', which is no input"),
-        (["m.onnx", "--calib", "shapes.npz"], "'x' has shape"),
-        (["m.onnx", "--calib", "rank.npz"], "add a leading sample axis or the batch axis"),
-        (["m.onnx", "--calib", "whole.npz"], "'x' is int64, the model reads x: float32[2,8]"),
-        (["m.onnx", "--calib", "nan.npz"], "'x' has NaN or infinity in it"),
-        (["m.onnx", "--calib", "empty.npz"], "array 'x' holds no sample"),
-        (["m.onnx", "--calib", "nothing.npz"], "'nothing.npz' holds no arrays"),
-        (["m.onnx", "--calib", "hollow"], "neither .npz files nor images; it holds nothing"),
-        (["m.onnx", "--calib", "photos"], "as in --preprocess 'image{resize=256 crop=224"),
-        (
-            ["m.onnx", "--calib", "photos", "--preprocess", "image"],
-            "images go into one input of 4 dimensions; the model reads x: float32[2,8]",
-        ),
-        (["m.onnx", *WITH_DATA, "--preprocess", "image"], "is for a folder of images; 'data.npz'"),
-        (["m.onnx", *WITH_DATA, "--preprocess", "image{mean=a}"], "'a' is not a number"),
-        (["m.onnx", *WITH_DATA, "--preprocess", "image{fold=true}"], "one input of 4 dimensions"),
-        (["m.onnx", *WITH_DATA, "--state", "x"], "--state x: expected INPUT=OUTPUT,..., got 'x'"),
-        (["m.onnx", *WITH_DATA, "--state", "x=z"], "unknown name 'z'; known are y"),
-        (["m.onnx", *WITH_DATA, "--state", "x=y"], "output y: float32[2,4] does not fit input x"),
-        (["m.onnx", "--state", "x=y"], "--state says how to read calibration data: give --calib"),
-        (["m.onnx", *WITH_DATA, "--mask", "z"], "--mask z: unknown name 'z'; known are x"),
-        (["m.onnx", *WITH_DATA, "--shape", "x=2"], "contradicts the model, which reads x: float32"),
-        (["m.onnx", *WITH_DATA, "--shape", "z=2x8"], "--shape z=2x8: unknown name 'z'"),
-        (
-            ["m.onnx", *WITH_DATA, "--passes", "simplify,calibrat"],
-            "unknown pass 'calibrat'; did you mean 'calibrate'?",
-        ),
-        (["m.onnx", *WITH_DATA, "--passes", "quantize{weight=int8"], "this brace is never closed"),
-        (["m.onnx", *WITH_DATA, "--passes", "smooth-hadamard{block=6}"], "a power of two"),
-        (["m.onnx", *WITH_DATA, "--passes", "@int9"], "did you mean 'int8'?"),
-        (["m.onnx", *WITH_DATA, "--passes", ""], "expected a name, the text ends"),
-        (
-            ["m.onnx", *WITH_DATA, "--passes", "quantize,calibrate,insert-qdq"],
-            "this order works: calibrate,quantize,insert-qdq",
-        ),
-        (
-            ["m.onnx", *WITH_DATA, "--passes", "calibrate,quantize{exclude=head},insert-qdq"],
-            "exclude=head matches no layer; known are h, y",
-        ),
-        (["m.onnx", *WITH_DATA, "--passes", "simplify"], "'simplify' lowers nothing: end it with"),
-        (
-            ["m.onnx", *WITH_DATA, "--passes", "calibrate,quantize"],
-            "'calibrate,quantize' lowers nothing: end it with calibrate,quantize,insert-qdq",
-        ),
-        (["plain.onnx", *WITH_DATA], "nothing is quantized by"),
-        (
-            ["m.onnx", *WITH_DATA, "--passes", "calibrate,quantize{weight=uint8},insert-qdq"],
-            "ort-cpu holds no uint8 weights",
-        ),
-        (["m.onnx", *WITH_DATA, "--target", "ort-gpu"], "unknown target 'ort-gpu'"),
-        (["m.onnx", *WITH_DATA, "--target", "ort-cpu", "--target", "ort-cpu"], "named twice"),
-        (["m.onnx", *WITH_DATA, "--print-after", "fuse"], "the pipeline has no such pass"),
-    ],
-    ids=lambda case: " ".join(case[:4]) if isinstance(case, list) else "",  # pyright: ignore[reportUnknownArgumentType, reportUnknownLambdaType]
-)
-def test_a_mistake_is_said_and_nothing_is_written(
-    here: pathlib.Path, qcompile: Command, words: Sequence[str], says: str
-) -> None:
-    execute.save(graph("(float[2,8] x) => (float[2,8] y) { y = Neg(x) }"), here / "plain.onnx")
-    (here / "notes.onnx").write_text("these are notes, no model\n" * 9)
-    (here / "text.npz").write_text("no archive")
-    x = np.zeros((10, 2, 8), np.float32)
-    np.savez(here / "names.npz", z=x)
-    np.savez(here / "more.npz", x=x, extra=x)
-    np.savez(here / "shapes.npz", x=x[:, :, :5])
-    np.savez(here / "rank.npz", x=x[0, 0])
-    np.savez(here / "whole.npz", x=x.astype(np.int64))
-    np.savez(here / "nan.npz", x=x * np.nan)
-    np.savez(here / "empty.npz", x=x[:0])
-    np.savez(here / "nothing.npz")
-    (here / "hollow").mkdir()
-    (here / "photos").mkdir()
-    (here / "photos" / "a.png").write_bytes(b"no picture")
-    before = names(here)
-    done = qcompile(*words, "-o", "result")
-    assert done.code == 1
-    assert says in done.err
-    assert "error:" in done.err
-    assert names(here) == before
-
-
-def test_a_wrong_text_is_underlined(here: pathlib.Path, qcompile: Command) -> None:
-    done = qcompile(*TINY, "--passes", "simplify,quantize{wieght=int4}")
-    assert done.code == 1
-    lines = done.err.rstrip().splitlines()
-    text, caret = lines[-2], lines[-1]
-    assert text.strip() == "simplify,quantize{wieght=int4}"
-    assert text.index("wieght") == caret.index("^")
 
 
 def test_foreign_files_are_not_touched(here: pathlib.Path, qcompile: Command) -> None:
@@ -377,19 +235,7 @@ def test_a_process_says_it_alike(here: pathlib.Path) -> None:
     assert names(here) == START
 
 
-# -- exit codes 2 and 3 -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "words",
-    [["m.onnx", "--bits", "8"], ["m.onnx", "--seed", "many"], ["m.onnx", "n.onnx"], ["diff", "a"]],
-    ids=" ".join,
-)
-def test_usage_exits_with_two(here: pathlib.Path, qcompile: Command, words: Sequence[str]) -> None:
-    done = qcompile(*words)
-    assert done.code == 2, done
-    assert "qcompile --help" in done.err
-    assert names(here) == START
+# -- exit code 3 --------------------------------------------------------------------------------
 
 
 def test_a_requirement_that_is_missed_exits_with_three(

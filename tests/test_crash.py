@@ -94,6 +94,6 @@ def test_a_full_disk_is_the_users_to_put_right(
     from qcompile import execute
 
     monkeypatch.setattr(execute, "save", full)
-    with pytest.raises(QCompileError, match=r"cannot write.*No space left on device"):
+    with pytest.raises(QCompileError, match=r"cannot read or write.*No space left on device"):
         compiler.compile(MODEL, tmp_path / "out", calib=str(DATA))
     assert not list(tmp_path.iterdir())

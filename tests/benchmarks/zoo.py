@@ -213,13 +213,36 @@ class Plain:
             str(path), options, providers=["CPUExecutionProvider"]
         )
         self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
+        self._inputs = [i.name for i in self._session.get_inputs()]
 
     def run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
         """The values of ``outputs``, of all if None."""
         names = list(self.outputs if outputs is None else outputs)
-        return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        read = {name: feeds[name] for name in self._inputs}
+        return dict(zip(names, self._session.run(names, read), strict=True))
+
+
+class Split:
+    """An engine's graph and the tail that is run behind it, as one session."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._head = Plain(folder / "model.onnx", optimize=False)
+        self._tail = Plain(folder / "tail.onnx")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of all outputs, of what the tail reads as well."""
+        return (*self._head.outputs, *self._tail.outputs)
+
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """``outputs`` (all if None) for ``feeds``."""
+        found = self._head.run(feeds)
+        found |= self._tail.run({**feeds, **found})
+        return {name: found[name] for name in outputs or self.outputs}
 
 
 def sqnr(wanted: Results, actual: Results) -> dict[str, float | None]:
@@ -266,7 +289,7 @@ class Bench:
             execute.save(self.captured, original)
         self.wanted = self.results(Plain(original))
 
-    def results(self, session: Plain) -> list[dict[str, Array]]:
+    def results(self, session: Plain | Split) -> list[dict[str, Array]]:
         """The outputs of ``session`` for all judge samples, with its own state carried."""
         runs = sequences.carry(session, self.samples, self.samples.state)
         return [outputs for _, outputs in runs]
@@ -300,7 +323,9 @@ class Bench:
         """A row for each result of one run that took ``seconds``."""
         for result in results:
             here, runs = result.report, result.report.target.startswith("ort")
-            actual = self.results(Plain(result.folder / "model.onnx", optimize=runs))
+            split = (result.folder / "tail.onnx").exists()
+            whole = Plain(result.folder / "model.onnx", optimize=runs)
+            actual = self.results(Split(result.folder) if split else whole)
             score, latency = self.work.score, here.latency
             yield Row(
                 model=self.work.name,
@@ -390,7 +415,7 @@ def grouped(left_alone: Mapping[str, int]) -> list[str]:
     """Reasons with their counts; those that differ in a number alone are one."""
     found: collections.Counter[str] = collections.Counter()
     for reason, count in left_alone.items():
-        found[re.sub(r"\d+", "n", reason)] += count
+        found[re.sub(r"\b\d+\b", "n", reason)] += count
     return [f"{count} {reason}" for reason, count in found.items()]
 
 
