@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping
 
 import graphs
@@ -280,12 +281,12 @@ def test_gemm_alone_leaves_a_gemm_with_a_quantized_input() -> None:
 
 # -- packed-weights -----------------------------------------------------------------------------
 
-BLOCKS = "simplify,calibrate,quantize{weight=int4 input=float granularity=block block=16}"
+PACKED = "simplify,calibrate,quantize{weight=int4 input=float granularity=block block=16}"
 TWO_BLOCKS = "(float[N,32] x) => (float[N,4] y) <float[32,4] w> { y = MatMul(x, w) }"
 
 
 def test_packed_weights_writes_the_operator_that_the_runtime_would_make() -> None:
-    count, changed, _ = act(TWO_BLOCKS, "packed-weights", BLOCKS)
+    count, changed, _ = act(TWO_BLOCKS, "packed-weights", PACKED)
     assert count == 1
     assert changed == [
         "-opset onnx 18",
@@ -300,7 +301,7 @@ def test_packed_weights_writes_the_operator_that_the_runtime_would_make() -> Non
 
 @pytest.mark.parametrize("form", ["int3", "int4", "int8"])
 def test_packed_weights_are_the_codes(form: str, tmp_path: pathlib.Path) -> None:
-    passes = BLOCKS.replace("int4", form) + ",insert-qdq"
+    passes = PACKED.replace("int4", form) + ",insert-qdq"
     result = lowering.lower(TWO_BLOCKS, OrtCpu(), tmp_path, passes.removesuffix(",insert-qdq"))
     weight = graphs.weight(result.reference, "w")
     grid = numerics.weight_grid(weight, numerics.parse_format(form), 0, 16)
@@ -314,8 +315,8 @@ def test_packed_weights_are_the_codes(form: str, tmp_path: pathlib.Path) -> None
 @pytest.mark.parametrize(
     "passes",
     [
-        BLOCKS.replace("granularity=block block=16", "granularity=channel"),
-        BLOCKS.replace("block=16", "block=8"),
+        PACKED.replace("granularity=block block=16", "granularity=channel"),
+        PACKED.replace("block=16", "block=8"),
         "simplify,calibrate,quantize",
     ],
 )
@@ -326,7 +327,7 @@ def test_packed_weights_leaves_what_has_no_such_kernel(passes: str) -> None:
 def test_packed_weights_survive_a_relu_between(tmp_path: pathlib.Path) -> None:
     text = """(float[N,32] x) => (float[N,32] y) <float[32,32] w, float[32,32] v> {
         h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"""
-    result = lowering.lower(text, OrtCpu(), tmp_path, BLOCKS)
+    result = lowering.lower(text, OrtCpu(), tmp_path, PACKED)
     assert {ran.kernel for ran in result.proof.values()} == {"MatMulNBits"}
 
 
