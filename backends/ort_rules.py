@@ -159,6 +159,7 @@ def packed_weights(low: Lowering) -> int:
     The runtime makes one of MatMul and DequantizeLinear itself, but not of one with a Relu behind
     it and another such MatMul behind that, and it keeps a second copy of the weights to do so.
     """
+    made: dict[tuple[ir.Value, TensorSpec], tuple[ir.Value, ir.Value]] = {}
     count = 0
     for layer in low.layers:
         decided = layer.weight.spec
@@ -168,18 +169,21 @@ def packed_weights(low: Lowering) -> int:
         blocks = decided.block in _NBITS_BLOCKS and decided.axis in (0, -2)
         if not blocks or decided.zero_point or layer.kind != "linear":
             continue
-        _to_nbits(low, layer, decided)
+        key = (layer.weight.value, decided)
+        if key not in made:
+            made[key] = _packed(low, *key)
+        _to_nbits(layer, decided, *made[key])
         count += 1
     if count:
         low.model.opset_imports.setdefault("com.microsoft", 1)
     return count
 
 
-def _to_nbits(low: Lowering, layer: Layer, decided: TensorSpec) -> None:
-    """Codes [K, N] become bytes [N, K / block, block * bits / 8], the first code lowest."""
+def _packed(low: Lowering, weight: ir.Value, decided: TensorSpec) -> tuple[ir.Value, ir.Value]:
+    """Codes [K, N] as bytes [N, K / block, block * bits / 8], first code lowest; and the scales."""
     assert decided.block is not None
-    bits, block = (4 if numerics.parse_format(decided.format).bits <= 4 else 8), decided.block
-    rows, columns = graph.shape_of(layer.weight.value) or (0, 0)
+    bits, block = _stored_bits(decided), decided.block
+    rows, columns = graph.shape_of(weight) or (0, 0)
     shape = (columns, rows // block, block * bits // 8)
 
     def pack(codes: numerics.Codes) -> ir.TensorProtocol:
@@ -188,18 +192,29 @@ def _to_nbits(low: Lowering, layer: Layer, decided: TensorSpec) -> None:
             turned = turned[:, 0::2] | turned[:, 1::2] << 4
         return ir.Tensor(np.ascontiguousarray(turned.reshape(shape)))
 
-    name, node = layer.weight.value.name or "weight", layer.node
-    packed = low.written(layer.weight.value, decided, ir.DataType.UINT8, shape, pack)
-    scale = low.weight_grid(decided).scale.T
-    added = graph.add_constant(low.model, f"{name}/packed", packed)
-    scales = graph.add_constant(low.model, f"{name}/scales", np.ascontiguousarray(scale))
+    name = weight.name or "weight"
+    packed = low.written(weight, decided, ir.DataType.UINT8, shape, pack)
+    scale = np.ascontiguousarray(low.weight_grid(decided).scale.T)
+    return (
+        graph.add_constant(low.model, f"{name}/packed", packed),
+        graph.add_constant(low.model, f"{name}/scales", scale),
+    )
+
+
+def _stored_bits(decided: TensorSpec) -> int:
+    return 4 if numerics.parse_format(decided.format).bits <= 4 else 8
+
+
+def _to_nbits(layer: Layer, decided: TensorSpec, packed: ir.Value, scales: ir.Value) -> None:
+    node = layer.node
+    rows, columns = graph.shape_of(layer.weight.value) or (0, 0)
     node.op_type, node.domain = "MatMulNBits", "com.microsoft"
     node.resize_inputs(3)
-    node.replace_input_with(1, added)
+    node.replace_input_with(1, packed)
     node.replace_input_with(2, scales)
-    wanted = {"K": rows, "N": columns, "bits": bits, "block_size": block}
+    wanted = {"K": rows, "N": columns, "bits": _stored_bits(decided), "block_size": decided.block}
     for key, value in (wanted | {"accuracy_level": _NBITS_LEVEL}).items():
-        node.attributes[key] = ir.AttrInt64(key, value)
+        node.attributes[key] = ir.AttrInt64(key, value or 0)
     spec.clear(node)
 
 

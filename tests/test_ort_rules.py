@@ -324,6 +324,17 @@ def test_packed_weights_leaves_what_has_no_such_kernel(passes: str) -> None:
     assert act(TWO_BLOCKS, "packed-weights", passes)[:2] == (0, [])
 
 
+def test_packed_weights_are_stored_once_for_two_readers() -> None:
+    text = """(float[N,32] x) => (float[N,32] y) <float[32,32] w> {
+        h = MatMul(x, w) r = Tanh(h) y = MatMul(r, w) }"""
+    count, changed, _ = act(text, "packed-weights", PACKED)
+    assert count == 2
+    assert [line for line in changed if line.startswith("+w")] == [
+        "+w %w/packed: u8[32,2,8]",
+        "+w %w/scales: f32[32,2]",
+    ]
+
+
 def test_packed_weights_survive_a_relu_between(tmp_path: pathlib.Path) -> None:
     text = """(float[N,32] x) => (float[N,32] y) <float[32,32] w, float[32,32] v> {
         h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"""
