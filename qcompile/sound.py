@@ -8,7 +8,7 @@ the process. What computes nonsense but is whole is left to the runtime to refus
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import onnx
@@ -18,6 +18,8 @@ from qcompile.errors import CaptureError, reason
 
 _ONNX = ("", "ai.onnx")
 _UNTYPED = (None, ir.DataType.UNDEFINED)
+# A schema that takes any number of values says a very large one.
+_ANY_NUMBER = 1 << 16
 
 
 def check(model: ir.Model) -> None:
@@ -46,10 +48,10 @@ def check(model: ir.Model) -> None:
     for tensor, name in _tensors(model):
         _check_tensor(tensor, name)
     for node in model.graph.all_nodes():
-        _check_attributes(node, model.opset_imports)
+        _check_node(node, model.opset_imports)
     for function in model.functions.values():
         for node in function.all_nodes():
-            _check_attributes(node, function.opset_imports)
+            _check_node(node, function.opset_imports)
 
 
 def check_places(model: ir.Model) -> None:
@@ -158,8 +160,8 @@ def _check_file(tensor: ir.ExternalTensor, name: str) -> None:
         raise _broken(f"weight {name!r} has {tensor.length} bytes, not {tensor.nbytes}")
 
 
-def _check_attributes(node: ir.Node, opsets: dict[str, int]) -> None:
-    """Compare the types of the attributes of ``node`` with the schema of its operator, if known."""
+def _check_node(node: ir.Node, opsets: dict[str, int]) -> None:
+    """Compare inputs, outputs and attributes of ``node`` with the schema of its operator, if known."""
     domain = "" if node.domain in _ONNX else node.domain
     version = opsets.get(domain, opsets.get("ai.onnx") if domain == "" else None)
     if version is None:
@@ -168,6 +170,13 @@ def _check_attributes(node: ir.Node, opsets: dict[str, int]) -> None:
         schema: Any = onnx.defs.get_schema(node.op_type, version, domain)  # partly untyped
     except onnx.defs.SchemaError:
         return  # the runtime may know it
+    _check_count(node, "reads", node.inputs, schema.min_input, schema.max_input)
+    _check_count(node, "writes", node.outputs, schema.min_output, schema.max_output)
+    for value, wanted in zip(node.inputs, schema.inputs, strict=False):
+        if value is None and wanted.option == onnx.defs.OpSchema.FormalParameterOption.Single:
+            raise _broken(
+                f"node {name_of(node)!r} ({node.op_type}) lacks its input {wanted.name!r}"
+            )
     for attr in node.attributes.values():
         wanted = schema.attributes.get(attr.name)
         what = f"node {name_of(node)!r} ({node.op_type}) has the attribute {attr.name!r}"
@@ -175,3 +184,11 @@ def _check_attributes(node: ir.Node, opsets: dict[str, int]) -> None:
             raise _broken(f"{what}, which ONNX does not know")
         if wanted is not None and wanted.type.value != attr.type.value:
             raise _broken(f"{what} as {attr.type.name}; ONNX wants {wanted.type.name}")
+
+
+def _check_count(node: ir.Node, what: str, found: Sequence[Any], least: int, most: int) -> None:
+    if not least <= len(found) <= most:
+        wanted = f"{least}" if least == most else f"{least} to {most}"
+        wanted = f"at least {least}" if most > _ANY_NUMBER else wanted
+        where = f"node {name_of(node)!r} ({node.op_type})"
+        raise _broken(f"{where} {what} {len(found)} values; ONNX wants {wanted}")

@@ -48,6 +48,22 @@ def _unheard(model: onnx.ModelProto) -> None:
     model.graph.node[0].attribute.append(onnx.helper.make_attribute("gain", 2.0))
 
 
+def _more(model: onnx.ModelProto) -> None:
+    model.graph.node[0].input.append("x")
+
+
+def _fewer(model: onnx.ModelProto) -> None:
+    del model.graph.node[0].input[:]
+
+
+def _lacking(model: onnx.ModelProto) -> None:
+    model.graph.node[0].input[0] = ""
+
+
+def _writing(model: onnx.ModelProto) -> None:
+    model.graph.node[0].output.append("g")
+
+
 def _sequence(model: onnx.ModelProto) -> None:
     model.graph.input[1].type.sequence_type.elem_type.tensor_type.elem_type = 1
 
@@ -72,6 +88,10 @@ def _untyped(model: onnx.ModelProto) -> None:
         (_write, "output 'nobody' is written by nothing"),
         (_attribute, r"node 'a' \(LeakyRelu\) has the attribute 'alpha' as INTS; ONNX wants FLOAT"),
         (_unheard, r"node 'h' \(MatMul\) has the attribute 'gain', which ONNX does not know"),
+        (_more, r"node 'h' \(MatMul\) reads 3 values; ONNX wants 2"),
+        (_fewer, r"node 'h' \(MatMul\) reads 0 values; ONNX wants 2"),
+        (_lacking, r"node 'h' \(MatMul\) lacks its input 'A'"),
+        (_writing, r"node 'h' \(MatMul\) writes 2 values; ONNX wants 1"),
         (_sequence, "input 'x' is no tensor"),
         (_negative, r"weight 'w' has the shape \[-8, 8\]"),
         (_sparse, "weight 'w' cannot be read"),
