@@ -161,7 +161,7 @@ def _check_file(tensor: ir.ExternalTensor, name: str) -> None:
 
 
 def _check_node(node: ir.Node, opsets: dict[str, int]) -> None:
-    """Compare inputs, outputs and attributes of ``node`` with the schema of its operator, if known."""
+    """Compare what ``node`` has with the schema of its operator, if that is known."""
     domain = "" if node.domain in _ONNX else node.domain
     version = opsets.get(domain, opsets.get("ai.onnx") if domain == "" else None)
     if version is None:
