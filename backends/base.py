@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile import graph, numerics, opset, spec, syntax
+from qcompile import decisions, graph, numerics, opset, spec, syntax
 from qcompile.errors import TargetError
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
@@ -215,20 +215,11 @@ class Lowering:
 
     def weight_grid(self, decided: TensorSpec) -> Grid:
         """The grid of a weight."""
-        initializers = self.model.graph.initializers
-        scale = graph.constant(initializers[decided.scale]).astype(np.float32, copy=False)
-        zero = np.broadcast_to(np.int32(0), scale.shape)  # takes no memory
-        if decided.zero_point:
-            zero = numerics.unpack(_tensor(initializers[decided.zero_point]))
-        form = numerics.parse_format(decided.format)
-        return Grid(form, scale, zero, decided.axis, decided.block)
+        return decisions.grid(self.model, decided)
 
     def codes(self, weight: ir.Value, decided: TensorSpec) -> numerics.Codes:
         """The codes of ``weight``, as fitted or else rounded to the nearest."""
-        if decided.codes:
-            return numerics.unpack(_tensor(self.model.graph.initializers[decided.codes]))
-        array = graph.constant(weight).astype(np.float32, copy=False)
-        return self.weight_grid(decided).quantize(array)
+        return decisions.codes(self.model, weight, decided)
 
     def written(
         self,
@@ -411,8 +402,3 @@ def why_float(node: ir.Node, otherwise: str) -> str:
     if node.op_type in graph.RECURRENT:
         return NO_RECURRENT
     return "float was asked for" if float_in_file(node) else otherwise
-
-
-def _tensor(value: ir.Value) -> ir.TensorProtocol:
-    assert value.const_value is not None
-    return value.const_value

@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from qcompile import graph, numerics, spec
+from qcompile import decisions, graph, numerics, spec
 from qcompile.backends.base import (
     MOVES,
     Lowering,
@@ -73,7 +73,7 @@ def bias_range(low: Lowering) -> int:
     count = 0
     for layer in low.decided():
         decided = layer.weight.spec
-        if layer.bias is None or decided is None or decided.codes or decided.block is not None:
+        if layer.bias is None or decided is None or decided.block is not None:
             continue
         grid = _input_grid(low, layer.input) if layer.input else None
         if grid is None or not graph.is_constant(layer.bias.value):
@@ -87,7 +87,14 @@ def bias_range(low: Lowering) -> int:
         )
         if (wide > scale).any():
             widened = graph.add_constant(low.model, decided.scale, wide)
-            layer.weight.decide(dataclasses.replace(decided, scale=widened.name or ""))
+            coarser = dataclasses.replace(decided, scale=widened.name or "", codes="")
+            if decided.codes:
+                fitted = decisions.rounded(low.model, layer.weight.value, decided)
+                grid = low.weight_grid(coarser)
+                packed = numerics.pack(grid.quantize(fitted), grid.format.stored, "")
+                codes = graph.add_constant(low.model, decided.codes, packed)
+                coarser = dataclasses.replace(coarser, codes=codes.name or "")
+            layer.weight.decide(coarser)
             count += 1
     return count
 

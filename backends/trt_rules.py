@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qcompile import graph, numerics
+from qcompile import decisions, graph, numerics
 from qcompile.backends.base import Lowering, activation_range, rules
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
@@ -99,9 +99,7 @@ def _bias_can_move(layer: Layer) -> bool:
 
 def _add_to_bias(low: Lowering, layer: Layer, middle: float) -> None:
     assert layer.weight.spec is not None
-    grid = low.weight_grid(layer.weight.spec)
-    codes = low.codes(layer.weight.value, layer.weight.spec)
-    weight = grid.dequantize(codes)
+    weight = decisions.rounded(low.model, layer.weight.value, layer.weight.spec)
     moved = middle * weight.astype(np.float64).sum(axis=layer.reduce_axis)
     if layer.bias is not None:
         bias = graph.constant(layer.bias.value)

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from qcompile import execute, extremes, graph, patches, ports, sequences
 from qcompile.errors import CalibrationError
 from qcompile.graph import Layer
-from qcompile.sequences import Sample, State
+from qcompile.sequences import Sample, Samples, State
 from qcompile.sources import Data
 
 Array = npt.NDArray[Any]
@@ -126,17 +126,25 @@ class Calibration:
                 self._cache[keys[name], observer] = found
         return {v: self._cache[keys[v], observer] for v in values}
 
-    def grams(self, model: ir.Model, layers: Sequence[Layer]) -> dict[str, Gram]:
+    def grams(
+        self,
+        model: ir.Model,
+        layers: Sequence[Layer],
+        samples: int | None = None,
+        rows: int | None = None,
+    ) -> dict[str, Gram]:
         """The gram of the input of each of ``layers`` of ``model``, by the name of the layer.
 
         ``X`` is the matrix that the weight is multiplied with: rows of a MatMul or Gemm, patches of
-        a Conv. Memory is that of the matrices; layers that read one input alike share theirs.
+        a Conv. Memory is that of the matrices; layers that read one input alike share theirs. At
+        most ``samples`` samples and ``rows`` rows of each, if given.
 
         Raises CalibrationError for layers of another kind, above LARGEST_GRAM columns, and, naming
         value and sample, if an input is NaN or infinite.
         """
         keys = content_keys(model, self.state)
         kinds = {layer.name: patches.of(layer) for layer in layers}
+        taken = self.samples if samples is None else self.samples.some(samples)
         wanted: dict[tuple[str, str], tuple[str, patches.Rows]] = {}
         keyed: dict[str, tuple[str, str]] = {}
         for layer in layers:
@@ -149,11 +157,11 @@ class Calibration:
                     f"at most {LARGEST_GRAM} fit"
                 )
             value = layer.input.value.name or ""
-            key = keyed[layer.name] = keys[value], str(kind)
+            key = keyed[layer.name] = keys[value], f"{kind} {len(taken)} {rows}"
             if key not in self._grams:
                 wanted[key] = value, kind
         if wanted:
-            self._grams |= self._multiplied(model, wanted)
+            self._grams |= self._multiplied(model, wanted, taken, rows)
         return {name: self._grams[key] for name, key in keyed.items()}
 
     def shapes(self, model: ir.Model) -> dict[str, tuple[int, ...]]:
@@ -181,15 +189,15 @@ class Calibration:
         session = execute.Session(reduced)
         low = np.full(len(values), np.inf)
         high = np.full(len(values), -np.inf)
-        runs = sequences.carry(session, self._swept("ranges"), self.state, answers)
+        runs = sequences.carry(session, self._swept("ranges", self.samples), self.state, answers)
         for number, (feeds, results) in enumerate(runs):
-            self._counted(feeds, number)
+            self._counted(feeds, self.samples.where(number))
             rows = np.array(list(results.values()), np.float64).reshape(-1, 3)
             found, nans = rows[:, :2], rows[:, 2] > 0
             for index in map(int, np.flatnonzero(nans | ~np.isfinite(found).all(axis=1))):
                 # A reduction of nothing gives (inf, -inf), which is no fault.
                 if not (np.isposinf(found[index, 0]) and np.isneginf(found[index, 1])):
-                    raise self._not_finite(values[index], number)
+                    raise _not_finite(values[index], self.samples.where(number))
             low, high = np.minimum(low, found[:, 0]), np.maximum(high, found[:, 1])
         low, high = np.where(low > high, 0.0, low), np.where(low > high, 0.0, high)
         return {v: MinMax(float(low[i]), float(high[i])) for i, v in enumerate(values)}
@@ -214,63 +222,67 @@ class Calibration:
         return found
 
     def _multiplied(
-        self, model: ir.Model, wanted: Mapping[tuple[str, str], tuple[str, patches.Rows]]
+        self,
+        model: ir.Model,
+        wanted: Mapping[tuple[str, str], tuple[str, patches.Rows]],
+        samples: Samples,
+        most: int | None,
     ) -> dict[tuple[str, str], Gram]:
         found: dict[tuple[str, str], Gram] = {}
         readers: dict[str, list[tuple[tuple[str, str], patches.Rows]]] = {}
         for key, (value, kind) in wanted.items():
             readers.setdefault(value, []).append((key, kind))
             found[key] = Gram(np.zeros(kind.shape), 0)
-        for name, array in self._observed(model, list(readers), "grams"):
+        for name, array in self._observed(model, list(readers), "grams", samples):
             for key, kind in readers[name]:
                 rows = 0
-                for block in kind.blocks(array):
-                    columns = block.astype(np.float64)
-                    matrix = np.swapaxes(columns, -1, -2) @ columns
-                    found[key].matrix[...] += matrix
+                for block in kind.blocks(array, most):
+                    columns = np.ascontiguousarray(block, np.float32)
+                    found[key].matrix[...] += np.swapaxes(columns, -1, -2) @ columns
                     rows += columns.shape[-2]
                 found[key] = Gram(found[key].matrix, found[key].rows + rows)
         return found
 
     def _observed(
-        self, model: ir.Model, values: Sequence[str], label: str
+        self, model: ir.Model, values: Sequence[str], label: str, samples: Samples | None = None
     ) -> Iterator[tuple[str, Array]]:
-        """Each of ``values`` for each sample, by name.
+        """Each of ``values`` for each of ``samples`` (all if None), by name.
 
         Of what lines up with the mask only the positions that count, their axes as one: [count,
         ...]. Raises CalibrationError if one is NaN or infinite.
         """
         session = execute.Session(sequences.fetch(model, values, self.state))
         lined = ports.lined_up(model, self.mask) if self.mask else ()
-        runs = sequences.carry(session, self._swept(label), self.state, values)
+        swept = self.samples if samples is None else samples
+        runs = sequences.carry(session, self._swept(label, swept), self.state, values)
         for number, (feeds, results) in enumerate(runs):
-            counted = self._counted(feeds, number)
+            counted = self._counted(feeds, swept.where(number))
             for name, array in results.items():
                 if counted is not None and name in lined:
                     array = array[counted]
                     array = array[:, None] if array.ndim == 1 else array
                 if not np.isfinite(array).all():
-                    raise self._not_finite(name, number)
+                    raise _not_finite(name, swept.where(number))
                 yield name, array
 
-    def _counted(self, feeds: Sample, number: int) -> npt.NDArray[np.bool_] | None:
-        """Which positions of a sample count, or None without a mask."""
+    def _counted(self, feeds: Sample, where: str) -> npt.NDArray[np.bool_] | None:
+        """Which positions of a sample count, or None without a mask; ``where`` it is, in words."""
         if self.mask is None:
             return None
         mask = feeds[self.mask]
         if not np.isin(mask, (0, 1)).all():
             raise CalibrationError(
                 f"mask {self.mask!r} has other numbers than 1 (counts) and 0 (padding) for "
-                f"{self.samples.where(number)}: {mask.min()} to {mask.max()}"
+                f"{where}: {mask.min()} to {mask.max()}"
             )
         return mask.astype(bool)
 
-    def _not_finite(self, value: str, number: int) -> CalibrationError:
-        where = self.samples.where(number)
-        return CalibrationError(f"value {value!r} has NaN or infinity for {where}")
+    def _swept(self, label: str, samples: Samples) -> Iterable[Sample]:
+        return self._progress(samples, label) if self._progress else samples
 
-    def _swept(self, label: str) -> Iterable[Sample]:
-        return self._progress(self.samples, label) if self._progress else self.samples
+
+def _not_finite(value: str, where: str) -> CalibrationError:
+    return CalibrationError(f"value {value!r} has NaN or infinity for {where}")
 
 
 def _edges(extremes: MinMax) -> npt.NDArray[np.float64]:

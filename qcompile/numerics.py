@@ -120,6 +120,13 @@ class Grid:
         """``array`` after quantize and dequantize."""
         return self.dequantize(self.quantize(array))
 
+    def each(self, shape: tuple[int, ...]) -> tuple[Floats, Codes]:
+        """Scale and zero point of each element of an array of ``shape``, as views."""
+        blocks = self._blocks(shape)
+        scale = np.broadcast_to(self._spread(self.scale, len(shape)), blocks)
+        zero = np.broadcast_to(self._spread(self.zero_point, len(shape)), blocks)
+        return scale.reshape(shape), zero.reshape(shape)
+
     def _blocks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """``shape`` with the axis of the blocks split into their number and ``block``."""
         if self.axis is None or self.block is None:

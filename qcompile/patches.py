@@ -45,14 +45,19 @@ class Rows:
         square = (self.columns, self.columns)
         return square if self.groups == 1 else (self.groups, *square)
 
-    def blocks(self, array: Array) -> Iterator[Array]:
-        """``X`` in blocks of rows."""
+    def blocks(self, array: Array, most: int | None = None) -> Iterator[Array]:
+        """``X`` in blocks of rows; at most ``most`` rows, always the same ones, if given."""
         if not self.kernel:
-            rows = array.T if self.transposed else array
-            yield rows.reshape(-1, self.columns)
+            rows = (array.T if self.transposed else array).reshape(-1, self.columns)
+            yield rows if most is None else rows[_drawn(len(rows), most)]
             return
         windows = self._windows(array)
         rank = len(self.kernel)
+        if most is not None:
+            out = windows.shape[2 : 2 + rank]
+            places = _drawn(math.prod(out), max(1, most // len(array)))
+            windows = windows[(slice(None), slice(None), *np.unravel_index(places, out))]
+            rank = 1
         each = math.prod(windows.shape) // max(windows.shape[2], 1)
         step = max(1, _BLOCK // max(each, 1))
         for first in range(0, windows.shape[2], step):
@@ -81,6 +86,33 @@ class Rows:
             less, more = total // 2, total - total // 2
             found.append((less, more) if self.same == "SAME_UPPER" else (more, less))
         return found
+
+
+def _drawn(count: int, most: int) -> npt.NDArray[np.intp]:
+    """At most ``most`` of ``count`` places, drawn without regard to any grid that they lie on."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
+
+
+def to_matrix(layer: Layer, array: Array) -> Array:
+    """An array like the weight of ``layer`` as [groups, N / groups, columns], a view of it.
+
+    ``X @ to_matrix(layer, weight)[g].T`` is what group ``g`` of the layer computes of its rows.
+    """
+    if layer.kind == "linear":
+        return (array if layer.channel_axis == 0 else array.T)[None]
+    groups = graph.attribute(layer.node, "group", 1)
+    return array.reshape(groups, array.shape[0] // groups, -1)
+
+
+def from_matrix(layer: Layer, matrix: Array) -> Array:
+    """What ``to_matrix`` made a matrix of, in the shape of the weight of ``layer``."""
+    shape = graph.shape_of(layer.weight.value)
+    assert shape is not None
+    if layer.kind == "linear":
+        return matrix[0] if layer.channel_axis == 0 else matrix[0].T
+    return matrix.reshape(shape)
 
 
 def of(layer: Layer) -> Rows | None:

@@ -65,6 +65,19 @@ class Samples(Sequence[Sample]):
         cut = self._numbers.index(starts[-last]) if last else len(self)
         return self[:cut], self[cut:]
 
+    def some(self, most: int) -> Samples:
+        """At most ``most`` samples, evenly apart; with state the first whole sequences instead.
+
+        At least one sequence, however long.
+        """
+        if len(self) <= most:
+            return self
+        if not self.state:
+            return self[:: -(-len(self) // most)]
+        starts = [self._numbers.index(n) for n in self._starts if n in self._numbers]
+        ends = [*starts[1:], len(self)]
+        return self[: max([end for end in ends if end <= most], default=ends[0])]
+
     def where(self, index: int) -> str:
         """Sample ``index`` in the user's words."""
         number = self._numbers[index]

@@ -1,0 +1,39 @@
+"""What a decision on a weight means in numbers: its grid, its codes, the values they stand for."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile import graph, numerics
+from qcompile.numerics import Codes, Floats, Grid
+from qcompile.spec import TensorSpec
+
+
+def grid(model: ir.Model, decided: TensorSpec) -> Grid:
+    """The grid of a weight."""
+    initializers = model.graph.initializers
+    scale = graph.constant(initializers[decided.scale]).astype(np.float32, copy=False)
+    zero = np.broadcast_to(np.int32(0), scale.shape)  # takes no memory
+    if decided.zero_point:
+        zero = numerics.unpack(_tensor(initializers[decided.zero_point]))
+    form = numerics.parse_format(decided.format)
+    return Grid(form, scale, zero, decided.axis, decided.block)
+
+
+def codes(model: ir.Model, weight: ir.Value, decided: TensorSpec) -> Codes:
+    """The codes of ``weight``, as fitted or else rounded to the nearest."""
+    if decided.codes:
+        return numerics.unpack(_tensor(model.graph.initializers[decided.codes]))
+    array = graph.constant(weight).astype(np.float32, copy=False)
+    return grid(model, decided).quantize(array)
+
+
+def rounded(model: ir.Model, weight: ir.Value, decided: TensorSpec) -> Floats:
+    """The values that the codes of ``weight`` stand for."""
+    return grid(model, decided).dequantize(codes(model, weight, decided))
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
