@@ -51,14 +51,22 @@ class Histogram:
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean and variance of each channel (axis 1 of rank 4 and above or rank 2, else the last).
+    """Mean, variance and extremes of each channel (axis 1 of rank 4 and above or rank 2, else the
+    last).
 
     Under a mask the channel is the last axis, and a value of rank 2 is one channel.
     """
 
     mean: npt.NDArray[np.float64]
     variance: npt.NDArray[np.float64]
+    low: npt.NDArray[np.float64]
+    high: npt.NDArray[np.float64]
     count: int
+
+    @property
+    def power(self) -> npt.NDArray[np.float64]:
+        """The mean square of each channel."""
+        return self.mean**2 + self.variance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,10 +221,33 @@ class Calibration:
             counts[name] += np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS)
         return {v: Histogram(counts[v], edges[v]) for v in ranges}
 
-    def _moments(self, model: ir.Model, values: Sequence[str]) -> dict[str, Moments]:
+    def moments(
+        self, model: ir.Model, axes: Mapping[str, int], samples: int | None = None
+    ) -> dict[str, Moments]:
+        """The moments along the axes of the values that ``axes`` names; the last axis is -1.
+
+        Of at most ``samples`` samples, if given.
+        """
+        keys = content_keys(model, self.state)
+        taken = self.samples if samples is None else self.samples.some(samples)
+        asked = {v: (keys[v], f"moments {axis} {len(taken)}") for v, axis in axes.items()}
+        missing = [v for v, key in asked.items() if key not in self._cache]
+        if missing:
+            for name, found in self._moments(model, missing, axes, taken).items():
+                self._cache[asked[name]] = found
+        return {v: cast("Moments", self._cache[key]) for v, key in asked.items()}
+
+    def _moments(
+        self,
+        model: ir.Model,
+        values: Sequence[str],
+        axes: Mapping[str, int] | None = None,
+        samples: Samples | None = None,
+    ) -> dict[str, Moments]:
         found: dict[str, Moments] = {}
-        for name, array in self._observed(model, values, "moments"):
+        for name, array in self._observed(model, values, "moments", samples):
             channel = 1 if array.ndim == 2 or array.ndim >= 4 else -1
+            channel = channel if axes is None else axes[name]
             rows = np.moveaxis(array, channel, -1).reshape(-1, array.shape[channel])
             found[name] = _merge(found.get(name), rows.astype(np.float64))
         return found
@@ -296,15 +327,17 @@ def _merge(before: Moments | None, rows: npt.NDArray[np.float64]) -> Moments:
     count, channels = rows.shape
     if before is None:
         nothing: npt.NDArray[np.float64] = np.zeros(int(channels))
-        before = Moments(nothing, nothing, 0)
+        before = Moments(nothing, nothing, nothing + np.inf, nothing - np.inf, 0)
     if count == 0:
         return before
+    low = np.minimum(before.low, rows.min(axis=0))
+    high = np.maximum(before.high, rows.max(axis=0))
     mean, variance = rows.mean(axis=0), rows.var(axis=0)
     total = before.count + count
     shift = mean - before.mean
     spread = before.variance * before.count + variance * count
     spread += shift**2 * (before.count * count / total)
-    return Moments(before.mean + shift * (count / total), spread / total, total)
+    return Moments(before.mean + shift * (count / total), spread / total, low, high, total)
 
 
 def content_keys(model: ir.Model, state: State | None = None) -> dict[str, str]:

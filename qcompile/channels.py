@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import scipy.sparse
-import scipy.sparse.csgraph
+import scipy.sparse as sparse
+from scipy.sparse import csgraph
 
 from qcompile import graph
 from qcompile.graph import Layer, Shapes, Use
@@ -85,9 +85,10 @@ class _Trace:
             if value.is_graph_output() or outside:
                 self.pinned.append(ids.ravel())
         one, other = np.concatenate([np.zeros((2, 0), np.intp), *self.same], axis=1)
-        library: Any = scipy.sparse  # partly untyped
-        edges = library.coo_array((np.ones(len(one)), (one, other)), (self.count, self.count))
-        count, label = library.csgraph.connected_components(edges, directed=False)
+        arrays: Any = sparse  # partly untyped
+        graphs: Any = csgraph
+        edges = arrays.coo_array((np.ones(len(one)), (one, other)), (self.count, self.count))
+        count, label = graphs.connected_components(edges, directed=False)
         free = np.ones(count, np.bool_)
         for ids in self.pinned:
             free[label[ids]] = False
@@ -100,7 +101,9 @@ class _Trace:
 
     def _visit(self, node: ir.Node) -> None:
         layer = graph.layer_of(node)
-        weighted = layer is not None and graph.is_constant(layer.weight.value)
+        # A weight that others read as well would need a copy.
+        own = layer is not None and len(layer.weight.value.uses()) == 1
+        weighted = layer is not None and own and graph.is_constant(layer.weight.value)
         if layer is not None and weighted and layer.kind in ("conv", "depthwise", "linear"):
             self._read(layer)
             self._write(layer)
@@ -175,13 +178,12 @@ class _Trace:
         for index, value in enumerate(node.inputs):
             if value is None or not graph.is_constant(value) or not graph.is_float(value):
                 continue
-            if math.prod(graph.shape_of(value) or (0,)) == shape[-1] > 1:
-                sizes = graph.shape_of(value) or ()
-                if sizes[-1] == shape[-1]:
-                    ids = self.new(shape[-1])
-                    self.folds.append(Fold(Use(node, index), ids))
-                    self.carried[node.outputs[0]] = np.broadcast_to(ids, shape)
-                return
+            sizes = graph.shape_of(value)
+            if sizes and sizes[-1] == math.prod(sizes) == shape[-1] > 1:
+                ids = self.new(shape[-1])
+                self.folds.append(Fold(Use(node, index), ids))
+                self.carried[node.outputs[0]] = np.broadcast_to(ids, shape)
+            return
 
 
 # -- operators that hand channels on: ids of the output, or None to pin those of the inputs --------
@@ -228,10 +230,8 @@ def _added(trace: _Trace, node: ir.Node, shape: tuple[int, ...]) -> Ids | None:
     if size is None or ids[0].shape != shape:
         return None
     # The constant must have a number of its own for each channel.
-    cut = tuple(
-        slice(0, 1) if axis < whole.ndim - len(size) or size[axis - whole.ndim] == 1 else slice(None)
-        for axis in range(whole.ndim)
-    )
+    sizes = (1,) * (whole.ndim - len(size)) + size
+    cut = tuple(slice(0, 1) if dim == 1 else slice(None) for dim in sizes)
     if not (whole == whole[cut]).all():
         return None
     trace.folds.append(Fold(Use(node, index), whole[cut].reshape(size)))

@@ -1,0 +1,183 @@
+"""Laws of gptq."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import graphs
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import pytest
+from lowering import calibration_of
+
+from qcompile import decisions, graph, patches, pipeline, registry, simulate, text
+from qcompile.backends.onnxruntime import OrtCpu
+from qcompile.calibrate import Calibration
+from qcompile.errors import PassError
+from qcompile.passes.gptq import Gptq
+from qcompile.pipeline import Context
+from qcompile.sources import Data, Sample
+
+GROUPED = """(float[1,8,6,6] x) => (float[1,4,6,6] y) <float[4,4,3,3] w> {
+    y = Conv<pads=[1,1,1,1], group=2>(x, w) }"""
+DEPTHWISE = """(float[1,4,6,6] x) => (float[1,4,4,4] y) <float[4,1,3,3] w, float[4] b> {
+    y = Conv<group=4>(x, w, b) }"""
+SHARED = """(float[2,8] x, float[2,8] z) => (float[2,3] y) <float[8,3] w> {
+    a = MatMul(x, w) b = MatMul(z, w) y = Add(a, b) }"""
+PRODUCT = "(float[2,8] x, float[8,3] z) => (float[2,3] y) { y = MatMul(x, z) }"
+WIDE = "(float[4,32] x) => (float[4,6] y) <float[32,6] w> { y = MatMul(x, w) }"
+EVERY = [graphs.LINEAR, graphs.GEMM, graphs.CONV, graphs.CHAIN, GROUPED, DEPTHWISE, SHARED, WIDE]
+
+
+def correlated(model: ir.Model, count: int = 40) -> Calibration:
+    """Samples whose columns hang together, as those of a network do."""
+    rng = np.random.default_rng(5)
+    found: list[Sample] = []
+    for sample in graphs.samples(model, count):
+        common = {name: rng.standard_normal((*a.shape[:-1], 1)) for name, a in sample.items()}
+        found.append({n: (0.3 * a + common[n]).astype(np.float32) for n, a in sample.items()})
+    return Calibration(Data("test", found))
+
+
+def run(model: ir.Model, passes: str, calibration: Calibration) -> list[pipeline.Step]:
+    steps = pipeline.parse(passes, registry.passes())
+    return pipeline.run(model, steps, Context(calibration=calibration, target=OrtCpu()))
+
+
+def errors(model: ir.Model, calibration: Calibration) -> npt.NDArray[np.float64]:
+    """The squared error of the outputs of every layer, row by row, on the calibration samples."""
+    found: list[npt.NDArray[np.float64]] = []
+    for name, gram in calibration.grams(model, list(graph.layers(model))).items():
+        layer = next(one for one in graph.layers(model) if one.name == name)
+        assert layer.weight.spec is not None
+        weight = graph.constant(layer.weight.value)
+        error = decisions.rounded(model, layer.weight.value, layer.weight.spec) - weight
+        rows = patches.to_matrix(layer, error).astype(np.float64)
+        matrix = gram.matrix.reshape(-1, *gram.matrix.shape[-2:])
+        found.append(np.einsum("gnk,gkl,gnl->gn", rows, matrix, rows).ravel())
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("source", EVERY)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_no_row_is_worse_than_rounded_to_the_nearest(source: str, bits: int) -> None:
+    decide = f"calibrate,quantize{{weight=int{bits}}}"
+    plain, fitted = graphs.graph(source), graphs.graph(source)
+    calibration = correlated(plain)
+    run(plain, decide, calibration)
+    run(fitted, f"{decide},gptq", calibration)
+    one, other = errors(plain, calibration), errors(fitted, calibration)
+    assert len(other) and (other <= one * (1 + 1e-5) + 1e-9).all()
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor", "block block=8"])
+def test_where_columns_hang_together_the_error_is_much_less(granularity: str) -> None:
+    decide = f"quantize{{weight=int4 input=float granularity={granularity}}}"
+    plain, fitted = graphs.graph(WIDE), graphs.graph(WIDE)
+    calibration = correlated(plain)
+    run(plain, decide, calibration)
+    run(fitted, f"{decide},gptq", calibration)
+    assert errors(fitted, calibration).sum() < errors(plain, calibration).sum() / 2
+
+
+def test_without_correlation_it_rounds_to_the_nearest() -> None:
+    # X^T X is a multiple of the identity: no column can make good for another.
+    model = graphs.graph(WIDE)
+    eye = np.eye(32, dtype=np.float32).reshape(8, 4, 32)
+    calibration = Calibration(Data("test", [{"x": rows} for rows in [*eye, *eye]]))
+    calibration.samples = calibration.data.samples  # all of them: every column once
+    run(model, "quantize{weight=int4 input=float},gptq", calibration)
+    [layer] = graph.layers(model)
+    decided = layer.weight.spec
+    assert decided is not None and decided.codes
+    grid = decisions.grid(model, decided)
+    nearest = grid.quantize(graph.constant(layer.weight.value))
+    codes = decisions.codes(model, layer.weight.value, decided)
+    np.testing.assert_array_equal(codes, nearest)
+
+
+def test_codes_lie_on_the_grid_and_the_file_holds_them() -> None:
+    model = graphs.graph(WIDE)
+    calibration = correlated(model)
+    run(model, "quantize{weight=int3 input=float granularity=block block=16},gptq", calibration)
+    [layer] = graph.layers(model)
+    decided = layer.weight.spec
+    assert decided is not None
+    codes = decisions.codes(model, layer.weight.value, decided)
+    assert codes.min() >= -4 and codes.max() <= 3
+    wanted = decisions.rounded(model, layer.weight.value, decided)
+    feeds = graphs.samples(model)[0]
+    lowered = simulate.simulate(model, OrtCpu())
+    # MatMulNBits multiplies in int8 at its accuracy level: half a step of 127 each.
+    actual = lowered.run(feeds)["y"]
+    np.testing.assert_allclose(actual, feeds["x"] @ wanted, atol=0.05)
+
+
+def test_only_codes_are_added() -> None:
+    model = graphs.graph(graphs.LINEAR)
+    calibration = calibration_of(model)
+    run(model, "calibrate,quantize", calibration)
+    before = text.render(model)
+    run(model, "gptq", calibration)
+    assert text.changes(before, text.render(model)) == [
+        "+w %w/codes: i8[8,3]",
+        "-%y: f32[2,3] = MatMul(%x{int8 asymmetric}, %w{int8 axis=1})",
+        "+%y: f32[2,3] = MatMul(%x{int8 asymmetric}, %w{int8 axis=1 fitted})",
+    ]
+
+
+def test_what_is_not_decided_or_has_no_matrix_is_left_alone() -> None:
+    for source, passes, left in (
+        (PRODUCT, "calibrate,quantize{attention=int8},gptq", 1),
+        (graphs.CHAIN, "quantize{input=float},gptq{exclude=*}", 2),
+        (graphs.CHAIN, "quantize{weight=float input=float},gptq", 0),
+    ):
+        model = graphs.graph(source)
+        counters = run(model, passes, calibration_of(model))[-1].counters
+        assert counters["layers"] == 0 and counters["left alone"] == left
+
+
+def test_a_dead_input_keeps_the_nearest() -> None:
+    model = graphs.graph(graphs.LINEAR)
+    zeros: list[Sample] = [{"x": np.zeros((2, 8), np.float32)} for _ in range(6)]
+    step = run(model, "quantize{input=float},gptq", Calibration(Data("test", zeros)))[-1]
+    assert step.counters["rows kept nearest"] == step.counters["rows"] == 3
+
+
+def test_the_same_run_makes_the_same_codes() -> None:
+    found: list[str] = []
+    for _ in range(2):
+        model = graphs.graph(graphs.CONV)
+        run(model, "calibrate,quantize{weight=int4},gptq{rows=7 samples=3}", correlated(model))
+        found.append(text.render(model, weights=True))
+    assert found[0] == found[1]
+
+
+def test_the_number_of_jobs_changes_nothing() -> None:
+    found: list[str] = []
+    for jobs in (1, 2):
+        model = graphs.graph(graphs.CHAIN)
+        context = Context(calibration=correlated(model), target=OrtCpu(), jobs=jobs)
+        steps = pipeline.parse("calibrate,quantize{weight=int4},gptq", registry.passes())
+        pipeline.run(model, steps, context)
+        found.append(text.render(model, weights=True))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": 0.0}, "damping must be above 0, got 0"),
+        ({"rows": 0}, "start at 1, got 64 and 0"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        Gptq(**cast("dict[str, int]", options))
+
+
+def test_its_text_reads_back() -> None:
+    step = Gptq(damping=0.1, samples=8, exclude=("a", "*/b"))
+    assert str(step) == "gptq{damping=0.1 samples=8 exclude=a,*/b}"
+    assert pipeline.parse(str(step), registry.passes()) == [step]
