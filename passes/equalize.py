@@ -18,7 +18,7 @@ import onnx_ir as ir
 import scipy.sparse as sparse
 from scipy.sparse import csgraph
 
-from qcompile import channels, graph, numerics
+from qcompile import channels, graph, noise, numerics
 from qcompile.calibrate import Moments
 from qcompile.channels import Channels, Reader
 from qcompile.errors import PassError
@@ -37,13 +37,8 @@ class Equalize(Pass):
 
     ``s_j = a_j^e / w_j^(1 - e)`` over the channels ``j``, with ``a`` the largest magnitude of the
     activation and ``w`` that of the weights that read it. ``e`` is the one of 21 exponents, or no
-    scaling, for which the layers of a group have the least noise to signal, summed:
-
-    * of the activation ``D^2 / 12 sum_j s_j^2 |W_j|^2``, ``D`` the step of a grid over the whole of
-      ``x / s``, or nothing if ``input=float``;
-    * of the weights ``sum_o d_o^2 / 12 sum_j E[x_j^2] / s_j^2``, ``d_o`` the step of output ``o``
-      (of each block, if ``block`` is given);
-    * against the signal ``sum_j E[x_j^2] |W_j|^2``.
+    scaling, for which the layers of a group have the least noise to signal, summed (``noise`` has
+    the formula; of the weights alone if ``input=float``).
 
     The fold goes into Conv, linear layers, normalisations with a gain and products with a constant,
     through whatever hands channels on (see ``channels``); what cannot be folded is left alone.
@@ -98,69 +93,43 @@ class Equalize(Pass):
         """Write the scales of one group if any are better than none."""
         largest, heaviest = np.zeros(found.count), np.zeros(found.count)
         for reader in group:
-            np.maximum.at(largest, reader.ids, np.maximum(-reader.low, reader.high))
-            np.maximum.at(heaviest, reader.ids, reader.heaviest)
+            np.maximum.at(largest, reader.ids, reader.inputs.magnitude)
+            np.maximum.at(heaviest, reader.ids, reader.inputs.heaviest)
         own = np.unique(np.concatenate([reader.ids for reader in group]))
         own = own[found.free[own] & (largest[own] > 0) & (heaviest[own] > 0)]
         if not own.size:
             return False
-        best, least = None, self._noise(group, np.ones(found.count))
+
+        def total(scales: Doubles) -> float:
+            return sum(r.inputs.ratio(self.weight, self.input, scales[r.ids]) for r in group)
+
+        best, least = None, total(np.ones(found.count))
         for exponent in EXPONENTS:
             chosen = np.ones(found.count)
             wanted = largest[own] ** exponent / heaviest[own] ** (1 - exponent)
             wanted /= np.exp(np.log(wanted).mean())
             chosen[own] = np.clip(wanted, 1 / _LARGEST, _LARGEST)
-            noise = self._noise(group, chosen)
-            if noise < least:
-                best, least = chosen, noise
+            if (ratio := total(chosen)) < least:
+                best, least = chosen, ratio
         if best is None:
             return False
         scales[own] = best[own]
         return True
 
-    def _noise(self, group: Sequence[_Measured], scales: Doubles) -> float:
-        """Noise to signal of the layers of a group, summed."""
-        weight = numerics.parse_format(self.weight)
-        total = 0.0
-        for reader in group:
-            s = scales[reader.ids]
-            steps = (reader.blocks * s[:, None]).reshape(reader.block_shape).max(axis=1)
-            powers = (reader.power / s**2).reshape(reader.block_shape[:2]).sum(axis=1)
-            noise = float(((steps / weight.high) ** 2).sum(axis=1) @ powers) / 12 * reader.window
-            if self.input != "float":
-                form = numerics.parse_format(self.input)
-                span = max((reader.high / s).max(), 0.0) - min((reader.low / s).min(), 0.0)
-                step = span / (form.high - form.low)
-                noise += step**2 / 12 * float(s**2 @ reader.squares)
-            total += noise / max(float(reader.power @ reader.squares), 1e-30)
-        return total
-
 
 @dataclasses.dataclass(frozen=True)
 class _Measured:
-    """What the noise of a layer depends on; one number an input channel [K], unless it says so.
-
-    ``squares``: sum of the squared weights; ``heaviest``: largest weight; ``blocks`` [K, N]: the
-    largest weight of each output; ``block_shape``: [blocks, channels of a block, N]; ``window``:
-    weights of an input channel for one output.
-    """
+    """A reader, and what its noise depends on."""
 
     ids: channels.Ids
-    low: Doubles
-    high: Doubles
-    power: Doubles
-    squares: Doubles
-    heaviest: Doubles
-    blocks: Doubles
-    block_shape: tuple[int, int, int]
-    window: int
+    inputs: noise.Inputs
 
 
 def _axes(readers: Sequence[Reader]) -> dict[str, int]:
     axes: dict[str, int] = {}
     for reader in readers:
         assert reader.layer.input is not None
-        axes[reader.layer.input.value.name or ""] = -1 if reader.layer.kind == "linear" else 1
+        axes[reader.layer.input.value.name or ""] = noise.channel_axis(reader.layer)
     return axes
 
 
@@ -179,34 +148,10 @@ def _groups(found: Channels, readers: Sequence[Reader]) -> list[list[Reader]]:
     ]
 
 
-def _by_input(reader: Reader) -> Doubles:
-    """The weight as [K, rest], ``K`` the input channels, and zeros where a group does not read."""
-    layer = reader.layer
-    weight = graph.finite_weight(layer).astype(np.float64)
-    if layer.kind == "linear":
-        return np.moveaxis(weight, layer.reduce_axis, 0)
-    groups = len(reader.ids) // weight.shape[1]
-    split = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-    return split.transpose(0, 2, 1, 3).reshape(len(reader.ids), split.shape[1], -1)
-
-
 def _measure(reader: Reader, moments: Mapping[str, Moments], block: int) -> _Measured:
     assert reader.layer.input is not None
     seen = moments[reader.layer.input.value.name or ""]
-    weight = np.abs(_by_input(reader))
-    rows = weight.reshape(len(weight), -1)
-    outputs = weight.reshape(len(weight), weight.shape[1], -1).max(axis=2)
-    # Without blocks an output has one step over all the channels that its group reads.
-    each = len(rows)
-    if reader.layer.kind != "linear":
-        each = (graph.shape_of(reader.layer.weight.value) or (0, each))[1]
-    elif block and len(rows) % block == 0:
-        each = block
-    return _Measured(
-        reader.ids, seen.low, seen.high, seen.power,
-        (rows**2).sum(axis=1), rows.max(axis=1), outputs,
-        (len(rows) // each, each, outputs.shape[1]), rows.shape[1] // outputs.shape[1],
-    )  # fmt: skip
+    return _Measured(reader.ids, noise.inputs(reader.layer, seen, block))
 
 
 def _fold(model: ir.Model, found: Channels, scales: Doubles) -> int:

@@ -8,18 +8,24 @@ same algebra with one block.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import scipy.linalg
 
-from qcompile import graph
+from qcompile import graph, noise
+from qcompile.calibrate import Calibration
 from qcompile.errors import PassError
 from qcompile.graph import Layer
 from qcompile.numerics import Floats
 from qcompile.pipeline import Context, Pass, Stats
+
+# Samples on which ranges are compared.
+_SAMPLES = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +38,17 @@ class SmoothHadamard(Pass):
     rotation, which costs ``block`` MACs an element: Reshape and a [block, block] MatMul, or a
     grouped 1x1 Conv.
 
-    Left alone, and counted: layers whose K is not a multiple of ``block``, and inputs of unknown
-    rank. A ``block`` that is no power of two raises PassError.
+    With ``place=pays`` a rotation must win ``min-gain`` in noise to signal of its readers at 8 bits
+    (``noise`` has the formula; ranges of ``x G`` are measured), and of those the ones that win most
+    for their MACs are taken, up to ``max-cost``. What each would win and cost is logged.
+
+    Left alone, and counted: layers whose K is not a multiple of ``block``, inputs of unknown rank,
+    and rotations that do not pay. A ``block`` that is no power of two raises PassError.
 
     * ``block``: the size of the Hadamard matrix, a power of two.
+    * ``place``: ``pays``, which needs data, or ``everywhere``.
+    * ``min-gain``: in dB.
+    * ``max-cost``: MACs of all rotations, in percent of those of all layers.
     * ``exclude``: globs over the names and operator types of layers.
     """
 
@@ -43,48 +56,128 @@ class SmoothHadamard(Pass):
     produces: ClassVar[frozenset[str]] = frozenset({"rotated"})
     invalidates: ClassVar[frozenset[str]] = frozenset({"ranges", "specs"})
     keeps_float: ClassVar[bool] = True
+    reads_data: ClassVar[bool] = True
     source: ClassVar[str] = "CLQ, arXiv 2509.24416"
 
     block: int = 64
+    place: Literal["pays", "everywhere"] = "pays"
+    min_gain: float = 1.0
+    max_cost: float = 5.0
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.block < 2 or self.block & (self.block - 1):
             raise PassError(f"a Hadamard block must be a power of two from 2, got {self.block}")
+        if not self.max_cost > 0:
+            raise PassError(f"max-cost is a percentage above 0, got {self.max_cost:g}")
+
+    def needs_data(self) -> bool:
+        """Only to find out where a rotation pays."""
+        return self.place == "pays"
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         excluded = {layer.node for layer in graph.select(model, self.exclude, "exclude")}
-        library: Any = scipy.linalg  # untyped
-        signs: npt.NDArray[np.int64] = library.hadamard(self.block)
-        hadamard = (signs / np.sqrt(self.block)).astype(np.float32)
-        rotated: dict[tuple[ir.Value, str], ir.Value] = {}
-        weights: dict[tuple[ir.Value, int], ir.Value] = {}
-        skipped = done = 0
-        for layer in list(graph.layers(model)):
-            if not _linear(layer):
-                continue
+        linear = [layer for layer in graph.layers(model) if _linear(layer)]
+        chosen: dict[_Place, list[Layer]] = {}
+        for layer in linear:
+            if layer.node not in excluded and _fits(layer, self.block):
+                chosen.setdefault(_place(layer), []).append(layer)
+        if self.place == "pays" and chosen:
+            chosen = {place: chosen[place] for place in self._paying(model, chosen, ctx)}
+        _rotate(model, chosen, self.block)
+        done = sum(map(len, chosen.values()))
+        return {"layers": done, "rotations": len(chosen), "left alone": len(linear) - done}
+
+    def _paying(
+        self, model: ir.Model, chosen: Mapping[_Place, list[Layer]], ctx: Context
+    ) -> list[_Place]:
+        """The places where a rotation pays, in their order."""
+        data = ctx.data()
+        shapes = data.shapes(model)
+        whole = sum(layer.macs(shapes) for layer in graph.layers(model))
+        before = _ratios(model, chosen, data)
+        trial = model.clone()
+        again = {(layer.name, layer.node.op_type): layer for layer in graph.layers(trial)}
+        turned = {
+            place: [again[layer.name, layer.node.op_type] for layer in readers]
+            for place, readers in chosen.items()
+        }
+        _rotate(trial, {_place(readers[0]): readers for readers in turned.values()}, self.block)
+        after = _ratios(trial, turned, data)
+        worth: dict[_Place, tuple[float, float]] = {}
+        for place in chosen:
+            gain = 10 * math.log10(max(before[place], 1e-30) / max(after[place], 1e-30))
+            size = math.prod(shapes.get(place[0].name or "", (0,)))
+            cost = 100 * size * self.block / max(whole, 1)
+            ctx.log(f"  rotating {place[0].name!r}: {gain:+.1f} dB for {cost:.2f} % of the MACs")
+            if gain >= self.min_gain:
+                worth[place] = before[place] - after[place], cost
+        taken: set[_Place] = set()
+        spent = 0.0
+        for place, (won, cost) in sorted(worth.items(), key=lambda p: -p[1][0] / (p[1][1] + 1e-9)):
+            if won > 0 and spent + cost <= self.max_cost:
+                taken.add(place)
+                spent += cost
+        return [place for place in chosen if place in taken]
+
+
+# What is rotated, and whether its channels are those of a Conv.
+_Place = tuple[ir.Value, bool]
+
+
+def _place(layer: Layer) -> _Place:
+    assert layer.input is not None
+    return layer.input.value, layer.kind == "conv"
+
+
+def _fits(layer: Layer, block: int) -> bool:
+    width = graph.shape_of(layer.weight.value)
+    known = layer.input is not None and graph.rank_of(layer.input.value) is not None
+    return known and width is not None and width[layer.reduce_axis] % block == 0
+
+
+def _ratios(
+    model: ir.Model, chosen: Mapping[_Place, list[Layer]], data: Calibration
+) -> dict[_Place, float]:
+    """Noise to signal of the readers of each place, summed."""
+    axes = {
+        reader.input.value.name or "": noise.channel_axis(reader)
+        for readers in chosen.values()
+        for reader in readers
+        if reader.input is not None
+    }
+    seen = data.moments(model, axes, _SAMPLES)
+    return {
+        place: sum(
+            noise.inputs(reader, seen[reader.input.value.name or ""]).ratio("int8", "int8")
+            for reader in readers
+            if reader.input is not None
+        )
+        for place, readers in chosen.items()
+    }
+
+
+def _rotate(model: ir.Model, chosen: Mapping[_Place, list[Layer]], block: int) -> None:
+    """Rotate what the layers of each place read, and their weights."""
+    library: Any = scipy.linalg  # untyped
+    signs: npt.NDArray[np.int64] = library.hadamard(block)
+    hadamard = (signs / np.sqrt(block)).astype(np.float32)
+    weights: dict[tuple[ir.Value, int], ir.Value] = {}
+    for (value, conv), readers in chosen.items():
+        rank = graph.rank_of(value)
+        assert rank is not None
+        turn = _rotate_channels if conv else _rotate_last
+        rotated = turn(model, readers[0], hadamard, rank)
+        for layer in readers:
             assert layer.input is not None
-            width = graph.shape_of(layer.weight.value)
-            rank = graph.rank_of(layer.input.value)
-            fits = width is not None and width[layer.reduce_axis] % self.block == 0
-            if not fits or rank is None or layer.node in excluded:
-                skipped += 1
-                continue
-            key = (layer.input.value, layer.node.op_type == "Conv")
-            place = (key[0], "conv" if key[1] else "linear")
-            if place not in rotated:
-                rotate = _rotate_channels if key[1] else _rotate_last
-                rotated[place] = rotate(model, layer, hadamard, rank)
             source = (layer.weight.value, layer.reduce_axis)
             if source not in weights:
                 folded = _fold(graph.finite_weight(layer), source[1], hadamard)
                 name = f"{source[0].name}/rotated"
                 weights[source] = graph.add_constant(model, name, folded)
-            layer.input.read_from(rotated[place])
+            layer.input.read_from(rotated)
             layer.weight.read_from(weights[source])
-            done += 1
-        graph.remove_dead(model)
-        return {"layers": done, "rotations": len(rotated), "left alone": skipped}
+    graph.remove_dead(model)
 
 
 def _linear(layer: Layer) -> bool:

@@ -435,7 +435,7 @@ class Compiler:
     def _calibration(self, model: ir.Model, image: Image | None) -> Calibration | None:
         options = self.options
         if options.calib is None:
-            if any(p.reads_data for p in self.passes):
+            if any(p.needs_data() for p in self.passes):
                 raise CalibrationError(
                     "no calibration data: give --calib with an .npz file or "
                     "package.module:iterable (nothing is calibrated on noise unless you say "

@@ -40,7 +40,7 @@ class Pass(abc.ABC):
     * ``keeps_float``: the float function is kept (``--check-numerics`` tests it).
     * ``per_target``: the result depends on the target; the pipeline forks before the first such
       pass.
-    * ``reads_data``: calibration data is needed.
+    * ``reads_data``: calibration data is needed (see ``needs_data``).
     * ``needs``: extras, such as ``torch``.
     """
 
@@ -64,6 +64,10 @@ class Pass(abc.ABC):
     def relies_on(self) -> frozenset[str]:
         """The words that must hold before this pass with its options; ``requires`` or fewer."""
         return self.requires
+
+    def needs_data(self) -> bool:
+        """Whether this pass with its options reads calibration data."""
+        return self.reads_data
 
     def weight_formats(self) -> tuple[str, ...]:
         """The weight formats that this pass will ask for; checked against the targets first."""

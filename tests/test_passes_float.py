@@ -99,7 +99,7 @@ def changed(model: ir.Model, step: Pass) -> list[str]:
 ROTATED_CONV = """(float[1,8,3,3] x) => (float[1,5,3,3] y) <float[5,8,1,1] w, float[5] b> {
     y = Conv(x, w, b) }"""
 MODELS = [LINEAR, GEMM, CONV, CHAIN, ROTATED_CONV, *FOLDED, *NOT_FOLDED.values()]
-PASSES: list[Pass] = [Simplify(), FoldBn(), SmoothHadamard(block=4)]
+PASSES: list[Pass] = [Simplify(), FoldBn(), SmoothHadamard(block=4, place="everywhere")]
 
 
 @pytest.mark.parametrize("step", PASSES, ids=str)
@@ -128,7 +128,7 @@ def test_a_real_model_is_kept_by_all_of_them(name: str) -> None:
     model = capture(fashion.path(name))
     samples = [{"image": picture[None]} for picture in fashion.calibration()[:8]]
     judge = simulate.Judge(model, samples)
-    run(model, Simplify(), FoldBn(), SmoothHadamard(block=16))
+    run(model, Simplify(), FoldBn(), SmoothHadamard(block=16, place="everywhere"))
     assert judge.worst(execute.Session(model, optimize=False)) > pipeline.SAME_FUNCTION_DB
 
 
@@ -433,7 +433,7 @@ def test_fold_bn_without_batch_norm_is_no_error() -> None:
 
 
 def test_smooth_hadamard_rewrites_the_matmul_only() -> None:
-    assert changed(graph(LINEAR), SmoothHadamard(block=4)) == [
+    assert changed(graph(LINEAR), SmoothHadamard(block=4, place="everywhere")) == [
         "-w %w: f32[8,3]",
         "-%y: f32[2,3] = MatMul(%x, %w)",
         "+w %w/rotated: f32[8,3]",
@@ -448,7 +448,7 @@ def test_smooth_hadamard_rewrites_the_matmul_only() -> None:
 
 
 def test_smooth_hadamard_rotates_channels_by_a_grouped_convolution() -> None:
-    assert changed(graph(ROTATED_CONV), SmoothHadamard(block=4)) == [
+    assert changed(graph(ROTATED_CONV), SmoothHadamard(block=4, place="everywhere")) == [
         "-w %w: f32[5,8,1,1]",
         "-%y: f32[1,5,3,3] = Conv(%x, %w, %b)",
         "+w %w/rotated: f32[5,8,1,1]",
@@ -480,7 +480,7 @@ def test_smooth_hadamard_rotates_channels_by_a_grouped_convolution() -> None:
 def test_smooth_hadamard_keeps_the_function_at_any_block(source: str, block: int) -> None:
     model = graph(source)
     reference = model.clone()
-    [counters] = run(model, SmoothHadamard(block=block))
+    [counters] = run(model, SmoothHadamard(block=block, place="everywhere"))
     assert counters["layers"] == len(list(graphs.layers(reference)))
     assert_same_function(reference, model)
 
@@ -491,7 +491,7 @@ def rotation(model: ir.Model) -> Array:
 
 def test_the_rotation_is_orthonormal_with_entries_of_one_size() -> None:
     model = graph(LINEAR)
-    run(model, SmoothHadamard(block=8))
+    run(model, SmoothHadamard(block=8, place="everywhere"))
     turn = rotation(model)
     np.testing.assert_allclose(turn @ turn.T, np.eye(8), atol=1e-6)
     np.testing.assert_allclose(np.abs(turn), 1 / np.sqrt(8), rtol=1e-6)
@@ -499,7 +499,7 @@ def test_the_rotation_is_orthonormal_with_entries_of_one_size() -> None:
 
 def test_an_outlier_is_spread_over_its_block() -> None:
     model = graph(LINEAR)
-    run(model, SmoothHadamard(block=8))
+    run(model, SmoothHadamard(block=8, place="everywhere"))
     x = np.zeros((2, 8), np.float32)
     x[:, 3] = 8.0
     rotated = execute.execute(model, {"x": x}, ["x/rotated"])["x/rotated"]
@@ -510,7 +510,9 @@ def test_readers_of_one_value_share_one_rotation() -> None:
     model = graph("""(float[2,8] x) => (float[2,3] y, float[2,4] z) <float[8,3] v, float[8,4] w> {
         y = MatMul(x, v) z = MatMul(x, w) }""")
     reference = model.clone()
-    assert run(model, SmoothHadamard(block=8)) == [{"layers": 2, "rotations": 1, "left alone": 0}]
+    assert run(model, SmoothHadamard(block=8, place="everywhere")) == [
+        {"layers": 2, "rotations": 1, "left alone": 0}
+    ]
     assert_same_function(reference, model)
 
 
@@ -518,7 +520,9 @@ def test_a_shared_weight_is_folded_once() -> None:
     model = graph("""(float[2,8] x, float[2,8] u) => (float[2,3] y, float[2,3] z) <float[8,3] w> {
         y = MatMul(x, w) z = MatMul(u, w) }""")
     reference = model.clone()
-    assert run(model, SmoothHadamard(block=8)) == [{"layers": 2, "rotations": 2, "left alone": 0}]
+    assert run(model, SmoothHadamard(block=8, place="everywhere")) == [
+        {"layers": 2, "rotations": 2, "left alone": 0}
+    ]
     assert sorted(n for n in model.graph.initializers if n.startswith("w")) == ["w/rotated"]
     assert_same_function(reference, model)
 
@@ -526,7 +530,7 @@ def test_a_shared_weight_is_folded_once() -> None:
 def test_a_rotation_is_no_layer() -> None:
     for source in (LINEAR, ROTATED_CONV):
         model = graph(source)
-        run(model, SmoothHadamard(block=4))
+        run(model, SmoothHadamard(block=4, place="everywhere"))
         assert [layer.name for layer in graphs.layers(model)] == ["y"]
 
 
@@ -544,21 +548,21 @@ def test_a_rotation_is_no_layer() -> None:
 def test_smooth_hadamard_leaves_alone_what_it_cannot_rotate(source: str) -> None:
     model = graph(source)
     before = text.render(model, weights=True)
-    [counters] = run(model, SmoothHadamard(block=4))
+    [counters] = run(model, SmoothHadamard(block=4, place="everywhere"))
     assert counters["layers"] == 0
     assert text.render(model, weights=True) == before
 
 
 def test_smooth_hadamard_counts_what_it_leaves_alone() -> None:
     source = "(float[2,6] x) => (float[2,3] y) <float[6,3] w> { y = MatMul(x, w) }"
-    assert run(graph(source), SmoothHadamard(block=4)) == [
+    assert run(graph(source), SmoothHadamard(block=4, place="everywhere")) == [
         {"layers": 0, "rotations": 0, "left alone": 1}
     ]
 
 
 def test_excluded_layers_are_not_rotated() -> None:
     model = graph(CHAIN)
-    assert run(model, SmoothHadamard(block=8, exclude=("y",))) == [
+    assert run(model, SmoothHadamard(block=8, place="everywhere", exclude=("y",))) == [
         {"layers": 1, "rotations": 1, "left alone": 1}
     ]
     assert node(model, "y").inputs[1] is model.graph.initializers["w2"]
@@ -566,13 +570,13 @@ def test_excluded_layers_are_not_rotated() -> None:
 
 def test_an_exclude_that_matches_nothing_is_rejected() -> None:
     with pytest.raises(PassError, match=r"smooth-hadamard\{.*\}: exclude=nope matches no layer"):
-        run(graph(CHAIN), SmoothHadamard(block=8, exclude=("nope",)))
+        run(graph(CHAIN), SmoothHadamard(block=8, place="everywhere", exclude=("nope",)))
 
 
 @pytest.mark.parametrize("block", [0, 1, 6, -4])
 def test_a_block_that_is_no_power_of_two_is_rejected(block: int) -> None:
     with pytest.raises(PassError, match=rf"power of two from 2, got {block}"):
-        SmoothHadamard(block=block)
+        SmoothHadamard(block=block, place="everywhere")
 
 
 def test_outliers_cost_less_after_a_rotation() -> None:
@@ -589,7 +593,7 @@ def test_outliers_cost_less_after_a_rotation() -> None:
         return float(np.mean((rounded - wanted).astype(np.float64) ** 2))
 
     before = error("x")
-    run(model, SmoothHadamard(block=32))
+    run(model, SmoothHadamard(block=32, place="everywhere"))
     assert error("x/rotated") < before / 4
 
 

@@ -44,6 +44,10 @@ TEXTS = [
     "recompose",
     "fold-bn",
     "smooth-hadamard",
+    "equalize",
+    "equalize{weight=int4 input=float block=32}",
+    "gptq",
+    "gptq{damping=0.1 samples=8}",
     "smooth-hadamard{block=4 exclude=head,Gemm}",
     "calibrate",
     "calibrate{method=percentile percentile=99.5 bits=4}",
@@ -371,7 +375,7 @@ def test_check_numerics_catches_a_pass_that_lies(by: float) -> None:
 
 def test_check_numerics_believes_a_pass_that_does_not() -> None:
     model = graph(CHAIN)
-    passes = [Simplify(), SmoothHadamard(block=4), Calibrate()]
+    passes = [Simplify(), SmoothHadamard(block=4, place="everywhere"), Calibrate()]
     pipeline.run(model, passes, calibrated(model), judged(model))
 
 
@@ -400,9 +404,9 @@ def test_each_step_is_recorded_and_observed() -> None:
         seen.append((position, done.text))
 
     model = graph(LINEAR)
-    passes = [Nothing(), SmoothHadamard(block=8)]
+    passes = [Nothing(), SmoothHadamard(block=8, place="everywhere")]
     steps = pipeline.run(model, passes, Context(), Watch(after=after), first=3)
-    assert seen == [(3, "nothing"), (4, "smooth-hadamard{block=8}")]
+    assert seen == [(3, "nothing"), (4, "smooth-hadamard{block=8 place=everywhere}")]
     assert [step.counters for step in steps] == [
         {},
         {"layers": 1, "rotations": 1, "left alone": 0},
@@ -426,7 +430,7 @@ def test_a_pass_that_changes_only_numbers_has_changed_lines() -> None:
 def test_what_a_pass_invalidates_is_gone() -> None:
     model = graph(CHAIN)
     ctx = calibrated(model)
-    pipeline.run(model, [Calibrate(), Quantize(), SmoothHadamard(block=8)], ctx)
+    pipeline.run(model, [Calibrate(), Quantize(), SmoothHadamard(block=8, place="everywhere")], ctx)
     assert not any(spec.all_specs(node) for node in model.graph)
     assert not any(graphs.range_name(v) for node in model.graph for v in node.outputs)
     assert not any(name.endswith(("/scale", "/range")) for name in model.graph.initializers)
@@ -436,7 +440,11 @@ def test_a_layer_that_a_second_quantize_leaves_out_is_not_lowered_with_a_stale_s
     model = graph(CHAIN)
     ctx = calibrated(model)
     again = Quantize(exclude=("h",))
-    pipeline.run(model, [Calibrate(), Quantize(), SmoothHadamard(block=8), Calibrate(), again], ctx)
+    pipeline.run(
+        model,
+        [Calibrate(), Quantize(), SmoothHadamard(block=8, place="everywhere"), Calibrate(), again],
+        ctx,
+    )
     assert [bool(layer.weight.spec) for layer in graphs.layers(model)] == [False, True]
 
 
