@@ -103,7 +103,7 @@ def _options(kind: type[Any], meanings: dict[str, str]) -> Rows:
     for field in dataclasses.fields(kind):
         if field.init:
             key = field.name.replace("_", "-")
-            said = [syntax.describe(types_of[field.name]), meanings.get(field.name, "")]
+            said = [syntax.describe(types_of[field.name]), meanings.get(key, "")]
             yield f"{key}={syntax.plain(field.default)}", "; ".join(filter(None, said))
     if not types_of:
         yield "none", ""
@@ -170,12 +170,12 @@ def _explain(out: Console, name: str, paragraphs: list[str]) -> dict[str, str]:
     meanings: dict[str, str] = {}
     paragraphs[0] = f"{name}: {paragraphs[0]}"
     for paragraph in paragraphs:
-        match = re.fullmatch(r"\* ((?:``\w+``(?:, )?)+): (.*)", paragraph)
+        match = re.fullmatch(r"\* ((?:``[\w-]+``(?:, )?)+): (.*)", paragraph)
         if match is None:
             _wrapped(out, "", paragraph)
             out.print()
         else:
-            meanings |= dict.fromkeys(re.findall(r"\w+", match[1]), match[2])
+            meanings |= dict.fromkeys(re.findall(r"[\w-]+", match[1]), match[2])
     return meanings
 
 
