@@ -70,7 +70,9 @@ class Target(abc.ABC):
     * ``weight_formats``: for layers whose input is quantized as well, or weight-only.
     * ``input_formats``: of activations.
     * ``dialect``: the rules, in order.
+    * ``float_formats``: half floats that the runtime computes in, or reads at least.
     * ``newest_opset``: the highest that the runtime reads.
+    * ``runs_here``: whether what is written is run here, by ONNX Runtime.
     """
 
     name: ClassVar[str]
@@ -78,6 +80,8 @@ class Target(abc.ABC):
     input_formats: ClassVar[tuple[str, ...]]
     dialect: ClassVar[tuple[Rule, ...]]
     newest_opset: ClassVar[int]
+    float_formats: ClassVar[tuple[str, ...]] = ()
+    runs_here: ClassVar[bool] = False
 
     def refuse_weight(self, form: str, where: str) -> None:
         """Raise TargetError if weights of ``form`` cannot be held."""
@@ -86,6 +90,10 @@ class Target(abc.ABC):
     def refuse_input(self, form: str, where: str) -> None:
         """Raise TargetError if activations of ``form`` cannot be held."""
         self._refuse(form, self.input_formats, "activations", where)
+
+    def refuse_float(self, form: str, where: str) -> None:
+        """Raise TargetError if the runtime cannot compute in ``form``."""
+        self._refuse(form, self.float_formats, "floats", where)
 
     def _refuse(self, form: str, held: Sequence[str], what: str, where: str) -> None:
         if form not in (*held, "float"):
@@ -100,6 +108,10 @@ class Target(abc.ABC):
         counts = {rule.name: rule.apply(lowering) for rule in self.dialect}
         lowering.finish(self.newest_opset)
         return counts
+
+    def computed(self, model: ir.Model) -> ir.Model:
+        """``model`` as this runtime computes it, for ONNX Runtime to run: what simulation runs."""
+        return model
 
     @abc.abstractmethod
     def available(self) -> None:

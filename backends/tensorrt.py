@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
-from qcompile import execute, graph, ports
+from qcompile import execute, graph, halves, ports
 from qcompile.backends import trt_graph, trt_plan, trt_rules
 from qcompile.backends.base import Ran, Rule, Target, float_in_file, together, why_float
 from qcompile.backends.trt_build import Answer, Request
@@ -39,6 +39,7 @@ class TensorRtRtx(Target):
     input_formats: ClassVar[tuple[str, ...]] = ("int8",)
     dialect: ClassVar[tuple[Rule, ...]] = trt_rules.DIALECT
     newest_opset: ClassVar[int] = 25
+    float_formats: ClassVar[tuple[str, ...]] = ("float16", "bfloat16")
 
     cc: tuple[int, ...] = ()
 
@@ -47,6 +48,9 @@ class TensorRtRtx(Target):
             if capability not in CAPABILITIES:
                 known = ", ".join(map(str, CAPABILITIES))
                 raise TargetError(f"unknown compute capability {capability}; known are {known}")
+
+    def computed(self, model: ir.Model) -> ir.Model:
+        return halves.rounded(model)
 
     def available(self) -> None:
         if importlib.util.find_spec("tensorrt_rtx") is None:
@@ -154,4 +158,7 @@ def _ran(step: trt_plan.Step, reason: str) -> Ran:
         return Ran("int8", kernel, "built, not run")
     if integers:
         return Ran(f"{integers[0]} weights", kernel, "built, not run")
+    for kind, half in (("half", "float16"), ("bfloat16", "bfloat16"), ("bf16", "bfloat16")):
+        if set(step.reads[:2]) == {kind}:
+            return Ran(half, kernel, "built, not run")
     return Ran("float", kernel, reason)
