@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile import graph, numerics, opset, spec, syntax
+from qcompile import graph, halves, numerics, opset, spec, syntax
 from qcompile.errors import TargetError
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
@@ -161,11 +161,16 @@ class Lowering:
         spec.clear(layer.node)
         layer.node.metadata_props[graph.REASON] = reason
 
-    def exclude(self, why: Callable[[Layer], str]) -> int:
-        """Keep float what no dialect holds, and what ``why`` gives a reason for; how many."""
+    def exclude(
+        self, why: Callable[[Layer], str], types: Sequence[ir.DataType] = (ir.DataType.FLOAT,)
+    ) -> int:
+        """Keep float what no dialect holds, and what ``why`` gives a reason for; how many.
+
+        ``types`` are those of the layers that the dialect quantizes.
+        """
         count = 0
         for layer in list(self.decided()):
-            reason = no_dialect_holds(self.model, layer) or why(layer)
+            reason = no_dialect_holds(self.model, layer, types) or why(layer)
             if reason:
                 self.keep_float(layer, reason)
                 count += 1
@@ -190,8 +195,8 @@ class Lowering:
                 found = None if use is None else activation_range(self.model, use.value)
                 if use is None or use.spec is None or found is None:
                     continue
-                self.input_grids[layer.node] = grid_for(found)
-                use.read_from(self.pair(use.value, self.input_grids[layer.node]))
+                use.read_from(self.pair(use.value, grid_for(found)))
+                self.input_grids[layer.node] = self._grids[use.value]
                 count += 1
         return count
 
@@ -203,9 +208,10 @@ class Lowering:
         """Replace the weight that ``use`` reads by codes and a DequantizeLinear; merge equal ones.
 
         ``wide`` stores codes of fewer bits in 8, which integer kernels want beside an int8 input.
+        The scale has the type of the weight: a Cast behind it would keep it from being fused.
         """
         value = use.value
-        grid = self.weight_grid(decided)
+        grid = self.weight_grid(decided, value.dtype)
         key = (value, repr((decided, wide)).encode())
         if key not in self._pairs:
             stored = IntFormat(8, grid.format.signed) if wide else grid.format
@@ -214,6 +220,8 @@ class Lowering:
                 lambda codes: numerics.pack(codes, stored, ""),
             )  # fmt: skip
             scale = self.model.graph.initializers[decided.scale]
+            if halves.of(value.dtype):
+                scale = self._scale(f"{decided.scale}/half", grid, value.dtype)
             self._pairs[key] = self._dequantize_weight(value, codes, grid, stored, scale)
             self._grids[self._pairs[key]] = grid
         use.read_from(self._pairs[key])
@@ -225,22 +233,22 @@ class Lowering:
         if grid is not None:
             self._grids[value] = grid
 
-    def weight_grid(self, decided: TensorSpec) -> Grid:
-        """The grid of a weight."""
+    def weight_grid(self, decided: TensorSpec, dtype: ir.DataType | None = None) -> Grid:
+        """The grid of a weight of ``dtype``, in which its scale is stored."""
         initializers = self.model.graph.initializers
         scale = graph.constant(initializers[decided.scale]).astype(np.float32, copy=False)
         zero = np.broadcast_to(np.int32(0), scale.shape)  # takes no memory
         if decided.zero_point:
             zero = numerics.unpack(_tensor(initializers[decided.zero_point]))
         form = numerics.parse_format(decided.format)
-        return Grid(form, scale, zero, decided.axis, decided.block)
+        return _in_type(Grid(form, scale, zero, decided.axis, decided.block), dtype)
 
     def codes(self, weight: ir.Value, decided: TensorSpec) -> numerics.Codes:
         """The codes of ``weight``, as fitted or else rounded to the nearest."""
         if decided.codes:
             return numerics.unpack(_tensor(self.model.graph.initializers[decided.codes]))
         array = graph.constant(weight).astype(np.float32, copy=False)
-        return self.weight_grid(decided).quantize(array)
+        return self.weight_grid(decided, weight.dtype).quantize(array)
 
     def written(
         self,
@@ -257,7 +265,7 @@ class Lowering:
         """
         if decided.codes or not isinstance(weight.const_value, ir.ExternalTensor):
             return pack(self.codes(weight, decided))
-        tensor, grid = weight.const_value, self.weight_grid(decided)
+        tensor, grid = weight.const_value, self.weight_grid(decided, weight.dtype)
 
         def compute() -> ir.TensorProtocol:
             return pack(grid.quantize(graph.read_tensor(tensor).astype(np.float32, copy=False)))
@@ -288,6 +296,11 @@ class Lowering:
             output=f"{name}/dequantized", like=value,
         )  # fmt: skip
 
+    def _scale(self, name: str, grid: Grid, dtype: ir.DataType | None) -> ir.Value:
+        kind = dtype or ir.DataType.FLOAT
+        scale: graph.Array = grid.scale.astype(kind.numpy())
+        return graph.add_constant(self.model, name, ir.Tensor(scale, dtype=kind))
+
     def _zero_point(self, name: str, grid: Grid, stored: IntFormat) -> ir.Value:
         # Written even when it is 0: without it the type of the codes is lost in some rewrites.
         packed = numerics.pack(grid.zero_point, stored, "")
@@ -310,11 +323,15 @@ class Lowering:
         )  # fmt: skip
 
     def pair(self, value: ir.Value, grid: Grid) -> ir.Value:
-        """``value`` through QuantizeLinear and DequantizeLinear on ``grid``; one pair a grid."""
+        """``value`` through QuantizeLinear and DequantizeLinear on ``grid``; one pair a grid.
+
+        The scale has the type of ``value``, and the grid is that of the scale in that type.
+        """
+        grid = _in_type(grid, value.dtype)
         key = (value, repr((grid.format, grid.scale.tobytes(), grid.zero_point.tobytes())).encode())
         if key not in self._pairs:
             name = value.name or "value"
-            scale = graph.add_constant(self.model, f"{name}/scale", grid.scale)
+            scale = self._scale(f"{name}/scale", grid, value.dtype)
             zero = self._zero_point(name, grid, grid.format)
             kind = ir.Value(type=ir.TensorType(grid.format.dtype), shape=value.shape)
             quantized = graph.insert(
@@ -350,7 +367,18 @@ class Lowering:
         small = {ir.DataType.INT4, ir.DataType.UINT4}
         dtypes = {v.dtype for v in self.model.graph.initializers.values()}
         blocks = any("block_size" in node.attributes for node in self.model.graph)
-        opset.raise_to(self.model, 21 if dtypes & small or blocks else 0, newest_opset)
+        opset.raise_to(self.model, 21 if dtypes & small or blocks else self._floor(), newest_opset)
+
+    def _floor(self) -> int:
+        """The opset that scales in half floats need, if there are any."""
+        pairs = (n for n in self.model.graph if n.op_type == "DequantizeLinear")
+        return 19 if any(n.inputs[1] and halves.of(n.inputs[1].dtype) for n in pairs) else 0
+
+
+def _in_type(grid: Grid, dtype: ir.DataType | None) -> Grid:
+    """``grid`` with its scale as ``dtype`` holds it."""
+    half = halves.of(dtype)
+    return grid if half is None else dataclasses.replace(grid, scale=half.scale(grid.scale))
 
 
 def activation_range(model: ir.Model, value: ir.Value) -> tuple[float, float] | None:
@@ -388,12 +416,16 @@ def absorbed(value: ir.Value) -> ir.Value:
 NO_RECURRENT = "a recurrent layer has no quantized form here yet"
 
 
-def no_dialect_holds(model: ir.Model, layer: Layer) -> str:
-    """Why no dialect of Q/DQ pairs runs ``layer`` in integers; "" if nothing stands against it."""
+def no_dialect_holds(model: ir.Model, layer: Layer, types: Sequence[ir.DataType]) -> str:
+    """Why no dialect of Q/DQ pairs runs ``layer`` in integers; "" if nothing stands against it.
+
+    ``types`` are those of the layers that the dialect asks for.
+    """
     uses = [use for use in (layer.input, layer.weight) if use is not None]
     for use in uses:
-        if use.value.dtype not in (ir.DataType.FLOAT, None):
-            return f"a layer of {use.value.dtype.name.lower()}: Q/DQ pairs are for float32 only"
+        if use.value.dtype not in (*types, None):
+            known = " and ".join(_called(t) for t in types)
+            return f"a layer of {_called(use.value.dtype)}: Q/DQ pairs are for {known} only"
     entered, decided = layer.input.spec if layer.input else None, layer.weight.spec
     if layer.kind == "recurrent":
         return NO_RECURRENT
@@ -407,6 +439,10 @@ def no_dialect_holds(model: ir.Model, layer: Layer) -> str:
         if use.spec and use.spec.range and activation_range(model, use.value) is None:
             return f"no range for {use.value.name!r}: calibrate it"
     return ""
+
+
+def _called(dtype: ir.DataType) -> str:
+    return {ir.DataType.FLOAT: "float32"}.get(dtype, dtype.name.lower())
 
 
 def float_in_file(node: ir.Node) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, ClassVar
@@ -95,22 +96,28 @@ class TensorRtRtx(Target):
     def prove(self, model: ir.Model, folder: pathlib.Path) -> dict[str, Ran]:
         """Find each layer's kernel in the program of the plan: built, not run."""
         steps = trt_plan.steps(trt_plan.program((folder / "model.engine").read_bytes()))
-        kernels: dict[str, trt_plan.Step] = {}
+        kernels, any_step = dict[str, trt_plan.Step](), dict[str, trt_plan.Step]()
         for step in steps:
             for node in step.nodes:
-                if step.operation in ("corrltn", "fully_connected") or step.name.endswith("Fc"):
+                any_step.setdefault(node, step)
+                if step.operation in ("corrltn", "fully_connected") or _MULTIPLIES.search(
+                    step.name
+                ):
                     kernels.setdefault(node, step)
         found: dict[str, Ran] = {}
         behind, missing = trt_graph.behind(model), self._missing(model)
         for node in model.graph:
             step = kernels.get(node.name or "")
+            half = _half_in_file(node)
+            if half:  # small ones are fused into what does not look like a product
+                step = step or any_step.get(node.name or "")
             for layer in graph.origins(node):
                 reason = why_float(node, "the builder chose a float kernel")
                 if node in behind:
                     found[layer] = Ran("unknown", "", f"in tail.onnx: {missing}")
                 elif step is not None:
                     found[layer] = together(found.get(layer), _ran(step, reason))
-                elif layer not in found and float_in_file(node):
+                elif layer not in found and float_in_file(node) and not half:
                     found[layer] = Ran("float", "", reason)
                 elif layer not in found:
                     found[layer] = Ran("unknown", "", "no kernel of this name in the plan")
@@ -125,6 +132,16 @@ class TensorRtRtx(Target):
         """Which operators have no kernel, in the user's words."""
         kinds = sorted({node.op_type for node in trt_graph.without_kernel(model)})
         return f"TensorRT-RTX has no kernel for {', '.join(kinds)}"
+
+
+# How the builder names what it fuses around a product.
+_MULTIPLIES = re.compile(r"Fc|gemm|mha")
+
+
+def _half_in_file(node: ir.Node) -> bool:
+    """Whether ``node`` reads half floats that were not dequantized."""
+    read = [v for v in node.inputs[:2] if v is not None]
+    return float_in_file(node) and any(halves.of(v.dtype) for v in read)
 
 
 def profile(model: ir.Model, calibration: Calibration | None) -> dict[str, list[list[int]]]:

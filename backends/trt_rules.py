@@ -15,6 +15,7 @@ from qcompile.backends.base import Lowering, activation_range, rules
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
 
+TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 INT8 = IntFormat(8, signed=True)
 # Below these, NVIDIA's own exclusions leave a layer in float.
 MIN_CHANNELS = 16
@@ -24,9 +25,9 @@ def keep_float(low: Lowering) -> int:
     """Leave in float what int8 makes slower: depthwise Conv and ConvTranspose (weights are blown
     up, or run in float all the same), Conv and linear layers with fewer than 16 channels in or out
     (a first Conv excepted), Gemm with a transposed input, block scales beside a quantized input
-    (the builder is suspected to apply them once a channel), and what is not float32.
+    (the builder is suspected to apply them once a channel), and what is not float32 or half.
     """
-    return low.exclude(_why_float)
+    return low.exclude(_why_float, TYPES)
 
 
 def _why_float(layer: Layer) -> str:
@@ -71,10 +72,10 @@ def centre(low: Lowering) -> int:
             continue
         x = entered.value
         if x not in moved:
-            middle = float(np.float32((found[0] + found[1]) / 2))
-            constant = graph.add_constant(
-                low.model, f"{x.name}/middle", np.array(middle, np.float32)
-            )
+            kind = (x.dtype or ir.DataType.FLOAT).numpy()
+            array = np.array((found[0] + found[1]) / 2, kind)
+            middle = float(array)
+            constant = graph.add_constant(low.model, f"{x.name}/middle", array)
             centred = graph.insert(
                 low.model, "Sub", [x, constant], output=f"{x.name}/centred", behind=x, like=x
             )
@@ -99,7 +100,8 @@ def _bias_can_move(layer: Layer) -> bool:
 
 def _add_to_bias(low: Lowering, layer: Layer, middle: float) -> None:
     assert layer.weight.spec is not None
-    grid = low.weight_grid(layer.weight.spec)
+    kind = layer.weight.value.dtype or ir.DataType.FLOAT
+    grid = low.weight_grid(layer.weight.spec, kind)
     codes = low.codes(layer.weight.value, layer.weight.spec)
     weight = grid.dequantize(codes)
     moved = middle * weight.astype(np.float64).sum(axis=layer.reduce_axis)
@@ -109,7 +111,7 @@ def _add_to_bias(low: Lowering, layer: Layer, middle: float) -> None:
         name = f"{layer.bias.value.name}/moved"
         layer.bias.read_from(graph.add_constant(low.model, name, array))
         return
-    constant = graph.add_constant(low.model, f"{layer.name}/bias", moved.astype(weight.dtype))
+    constant = graph.add_constant(low.model, f"{layer.name}/bias", moved.astype(kind.numpy()))
     if layer.node.op_type == "Gemm":
         if len(layer.node.inputs) < 3:
             layer.node.resize_inputs(3)

@@ -1,14 +1,14 @@
 """Compute in float16 or bfloat16 where that is safe: half the bytes, and the fast kernels of a GPU.
 
 After Micikevicius et al., "Mixed Precision Training" (arXiv 1710.03740, section 3); what stays
-float32 is proved by data where there is some (see guards), and the places of the Casts are a minimum
-cut, so that they are as few as may be.
+float32 is proved by data where there is some (see guards), and the places of the Casts are a
+minimum cut, so that they are as few as may be.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -18,8 +18,8 @@ from qcompile.errors import PassError, nearest
 from qcompile.halves import Half, Places
 from qcompile.pipeline import Context, Pass, Stats
 
-# What a Cast and an operator in float32 cost: an element of a Cast is 6 bytes of traffic, and one of
-# an operator 4 more in float32 than in half. A layer is worth many Casts.
+# What a Cast and an operator in float32 cost: an element of a Cast is 6 bytes of traffic, and one
+# of an operator 4 more in float32 than in half. A layer is worth many Casts.
 _CAST, _OPERATOR, _LAYER = 3, 2, 1000
 # Integers that every half float holds exactly.
 _SMALL_INTEGERS = frozenset((ir.DataType.BOOL, ir.DataType.INT8, ir.DataType.UINT8))
@@ -188,7 +188,7 @@ class _Edit:
         tensor, kind = value.const_value, self._half.dtype.numpy()
         assert tensor is not None
 
-        def narrow() -> ir.Tensor:
+        def narrow() -> ir.TensorProtocol:
             array = graph.read_tensor(tensor)
             if bounds:
                 array = np.clip(array, -self._half.largest, self._half.largest)
@@ -196,7 +196,7 @@ class _Edit:
 
         if isinstance(tensor, ir.ExternalTensor):  # it may be larger than memory
             shape = ir.Shape(tensor.shape.numpy())
-            packed: Any = ir.LazyTensor(narrow, self._half.dtype, shape)
+            packed: ir.TensorProtocol = ir.LazyTensor(narrow, self._half.dtype, shape)
         else:
             array = graph.read_tensor(tensor)
             self.clamped += bounds and bool((np.abs(array) > self._half.largest).any())

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse
-import scipy.sparse.csgraph
+from scipy.sparse import csgraph
 
 FIRST, SECOND = 0, 1  # places that are of the first or the second type whatever it costs
 _FORCED = 1 << 28
@@ -53,11 +53,12 @@ class Choice:
     def second(self) -> set[int]:
         """The places of the second type in the cheapest choice; as few of them as may be."""
         library: Any = scipy.sparse  # untyped
+        graphs: Any = csgraph
         ends = np.array([*self._prices, (FIRST, SECOND)], np.int32)
         prices = np.array([*self._prices.values(), 0], np.int32)
         shape = (self._count, self._count)
         network = library.csr_matrix((prices, (ends[:, 0], ends[:, 1])), shape=shape)
-        flow = library.csgraph.maximum_flow(network, FIRST, SECOND).flow
+        flow = graphs.maximum_flow(network, FIRST, SECOND).flow
         left = library.csr_matrix(((network - flow) > 0).T)
-        reached = library.csgraph.breadth_first_order(left, SECOND, return_predecessors=False)
+        reached = graphs.breadth_first_order(left, SECOND, return_predecessors=False)
         return set(map(int, reached))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -141,7 +142,7 @@ def _constant(value: ir.Value) -> bool:
 def largest_of(value: ir.Value) -> float:
     """The largest finite magnitude in an initializer; 0 if there is none."""
     assert value.const_value is not None
-    meta = value.const_value.meta if hasattr(value.const_value, "meta") else {}
+    meta: Any = getattr(value.const_value, "meta", {})
     if "qcompile.largest" not in meta:
         array = graph.read_tensor(value.const_value)
         meta["qcompile.largest"] = float(np.abs(array[np.isfinite(array)]).max(initial=0.0))

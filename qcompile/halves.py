@@ -29,22 +29,22 @@ class Half:
         A scale below the smallest number is that number: what it then rounds away, the half float
         would have rounded away itself.
         """
-        least = _least(self.dtype)
+        least = np.float32(_information(self.dtype).smallest_subnormal)
         narrow = np.maximum(scale.astype(np.float32), least).astype(self.dtype.numpy())
         return narrow.astype(np.float32)
 
 
 def of(dtype: ir.DataType | None) -> Half | None:
     """The half float that ``dtype`` is, or None."""
-    if dtype not in TYPES.values():
+    if dtype is None or dtype not in TYPES.values():
         return None
-    info: Any = ml_dtypes.finfo(dtype.numpy())
+    info = _information(dtype)
     return Half(dtype, float(info.max), float(info.smallest_normal))
 
 
-def _least(dtype: ir.DataType) -> np.float32:
-    info: Any = ml_dtypes.finfo(dtype.numpy())
-    return np.float32(info.smallest_subnormal)
+def _information(dtype: ir.DataType) -> Any:
+    library: Any = ml_dtypes  # partly untyped
+    return library.finfo(dtype.numpy())
 
 
 @dataclasses.dataclass(frozen=True)
