@@ -106,8 +106,12 @@ class Target(abc.ABC):
         """Turn the decisions of ``model`` into this dialect, in place; counts by rule."""
         lowering = Lowering(model)
         counts = {rule.name: rule.apply(lowering) for rule in self.dialect}
-        lowering.finish(self.newest_opset)
+        lowering.finish(self.opset_limit())
         return counts
+
+    def opset_limit(self) -> int:
+        """The highest opset that the runtime reads, with the options of this target."""
+        return self.newest_opset
 
     def computed(self, model: ir.Model) -> ir.Model:
         """``model`` as this runtime computes it, for ONNX Runtime to run: what simulation runs."""
@@ -127,7 +131,7 @@ class Target(abc.ABC):
     def prove(self, model: ir.Model, folder: pathlib.Path) -> dict[str, Ran]:
         """How each captured layer of the lowered ``model`` runs in what ``emit`` wrote."""
 
-    def notes(self, model: ir.Model) -> list[str]:
+    def notes(self, model: ir.Model, folder: pathlib.Path) -> list[str]:
         """What the user must know of what ``emit`` wrote of the lowered ``model``."""
         return []
 

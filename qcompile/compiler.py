@@ -420,7 +420,7 @@ class Compiler:
             size=size,
             latency=latency,
             simulated_against_run=apart,
-            warnings=(*self._findings, *target.notes(lowered), *warnings),
+            warnings=(*self._findings, *target.notes(lowered, main.parent), *warnings),
         )
 
     def _context(
