@@ -24,14 +24,16 @@ class Half:
     normal: float
 
     def scale(self, scale: graph.Array) -> graph.Array:
-        """A positive ``scale`` as this type holds it, as float32; never zero.
+        """A positive ``scale`` as this type holds it, as float32.
 
-        A scale below the smallest number is that number: what it then rounds away, the half float
-        would have rounded away itself.
+        The nearest number; the next above below ``normal``, where the nearest may be far smaller
+        or zero, and would clip. What it then rounds away, the half float would not have held.
         """
-        least = np.float32(_information(self.dtype).smallest_subnormal)
-        narrow = np.maximum(scale.astype(np.float32), least).astype(self.dtype.numpy())
-        return narrow.astype(np.float32)
+        wide = scale.astype(np.float32)
+        nearest = wide.astype(self.dtype.numpy())
+        above = np.nextafter(nearest, nearest.dtype.type(np.inf))
+        up = (wide < self.normal) & (nearest.astype(np.float32) < wide)
+        return np.where(up, above, nearest).astype(np.float32)
 
 
 def of(dtype: ir.DataType | None) -> Half | None:
@@ -58,9 +60,11 @@ class Places:
 def places(node: ir.Node, opset: int, dtype: ir.DataType) -> Places | None:
     """Where ``node`` takes ``dtype`` in place of float32; None if ONNX does not let it.
 
-    An input of a fixed type, such as the scales of Resize, does not turn.
+    A Cast has an output of a type of its own, so it is none. An input of a fixed type, such as the
+    scales of Resize, does not turn.
     """
-    if node.domain not in ("", "ai.onnx") or any(True for _ in graph.inside(node)):
+    plain = node.domain in ("", "ai.onnx") and not any(True for _ in graph.inside(node))
+    if not plain or node.op_type == "Cast":
         return None
     try:
         schema: Any = onnx.defs.get_schema(node.op_type, opset)  # partly untyped

@@ -279,7 +279,8 @@ def test_inputs_of_both_sides_of_a_product_are_quantized() -> None:
     count, changed, _ = act(PRODUCT, "inputs", BOTH)
     assert count == 2
     assert changed[-1] == (
-        "+%y: f32[2,16,16] = MatMul(%q/dequantized{int8 asymmetric}, %k/dequantized{int8 asymmetric})"
+        "+%y: f32[2,16,16] = "
+        "MatMul(%q/dequantized{int8 asymmetric}, %k/dequantized{int8 asymmetric})"
     )
 
 
