@@ -49,7 +49,7 @@ BRANCH = """(float[2,8] x, bool c) => (float[2,8] y) <float[8,8] w> {
 def narrow(
     source: str | ir.Model,
     step: CastHalf | None = None,
-    data: list[Sample] | None | bool = True,
+    data: list[Sample] | bool | None = True,
     opset: int = 18,
 ) -> tuple[ir.Model, ir.Model, pipeline.Step]:
     """The float model, the same behind cast-half, and what the pass said."""
