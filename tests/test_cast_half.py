@@ -7,12 +7,16 @@ import pathlib
 import graphs
 import lowering
 import numpy as np
+import onnx.defs
+import onnx.numpy_helper
+import onnx.parser
 import onnx_ir as ir
 import pytest
 
 import qcompile
 from qcompile import execute, graph, guards, halves, pipeline, registry, simulate, text, verify
 from qcompile.backends.base import Ran
+from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.backends.tensorrt import TensorRtRtx
 from qcompile.capture import capture
 from qcompile.errors import PassError, QCompileError
@@ -274,8 +278,6 @@ def test_custom_operators_and_shapes_are_left_alone() -> None:
         y = com.microsoft.FastGelu(h)
     }"""
     source = f'<ir_version: 10, opset_import: ["": 18, "com.microsoft": 1]> t {source}'
-    import onnx.parser
-
     proto = onnx.parser.parse_model(source)
     weight = np.full((8, 8), 0.1, np.float32)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
@@ -320,8 +322,6 @@ def test_its_text_reads_back() -> None:
 
 
 def test_every_guarded_operator_is_one_of_onnx() -> None:
-    import onnx.defs
-
     named = {*guards._SUMS, *guards._POWERS, *guards._STEEP, *guards._STEPS, *guards._BOUNDED}  # pyright: ignore[reportPrivateUsage]
     assert not [name for name in named if not onnx.defs.has(name)]
 
@@ -372,6 +372,18 @@ def test_codes_are_of_the_scale_as_it_is_stored() -> None:
     np.testing.assert_allclose(again, tiny[:32], atol=2.0**-24)  # half a step of the next scale
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_is_calibrated_behind_it_is_as_before(dtype: str) -> None:
+    model = lowering.graph_of(graphs.CHAIN.replace("8", "16"))
+    reference, other = model.clone(), model.clone()
+    lowering.decide(model, f"simplify,cast-half{{dtype={dtype}}},calibrate,quantize")
+    lowering.decide(other, f"simplify,calibrate,quantize,cast-half{{dtype={dtype}}}")
+    for each in (model, other):
+        TensorRtRtx().lower(each)
+        verify.verify(each)
+    assert abs(worst(reference, model) - worst(reference, other)) < 1.0
+
+
 # -- the recipe ---------------------------------------------------------------------------------
 
 
@@ -402,8 +414,6 @@ def test_a_model_of_which_nothing_can_be_half_is_said_so(tmp_path: pathlib.Path)
 def test_the_runtime_without_integers_for_half_says_so() -> None:
     model = lowering.graph_of(graphs.LINEAR)
     lowering.decide(model, f"{lowering.DECIDE},cast-half")
-    from qcompile.backends.onnxruntime import OrtCpu
-
     OrtCpu().lower(model)
     assert "float32 only" in model.graph[1].metadata_props[graph.REASON]
 

@@ -179,10 +179,10 @@ def test_what_the_inspector_says_counts(tmp_path: pathlib.Path) -> None:
     (tmp_path / "model.engine").write_bytes(b"")
     (tmp_path / "layers.json").write_text(json.dumps(INSPECTED))
     for said, reason in (
-        ({"error": "", "sqnr": [50.0, 41.26]}, "built and run here: 41.3 dB to the simulation"),
-        ({"error": "no torch", "sqnr": []}, "built and inspected here; no torch"),
+        ('{"error": "", "sqnr": [50.0, 41.26]}', "built and run here: 41.3 dB to the simulation"),
+        ('{"error": "no torch", "sqnr": []}', "built and inspected here; no torch"),
     ):
-        (tmp_path / "device.json").write_text(json.dumps(said))
+        (tmp_path / "device.json").write_text(said)
         found = target.prove(model, tmp_path)
         assert (found["h"].precision, found["h"].reason) == ("int8", reason)
         assert found["y"].precision == "float"
