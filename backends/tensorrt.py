@@ -399,7 +399,7 @@ def _on_device(folder: pathlib.Path) -> str:
 
 def _ran(step: trt_plan.Step, half: bool, how: str, reason: str) -> Ran:
     """How a layer runs in ``step``; ``half`` if the file has it in half floats."""
-    integers = [kind for kind in step.reads if kind.startswith("int")]
+    integers = [kind for kind in step.reads if kind in ("int8", "int4")]  # others are indices
     kernel = step.operation if step.operation != "runtime_fusion" else step.name
     if len(integers) >= 2 and set(integers[:2]) == {"int8"}:
         return Ran("int8", kernel, how)

@@ -381,7 +381,7 @@ def test_what_is_calibrated_behind_it_is_as_before(dtype: str) -> None:
     for each in (model, other):
         TensorRtRtx().lower(each)
         verify.verify(each)
-    assert abs(worst(reference, model) - worst(reference, other)) < 1.0
+    assert abs(worst(reference, model) - worst(reference, other)) < 2.0  # of a bfloat16 with 8 bits
 
 
 # -- the recipe ---------------------------------------------------------------------------------
@@ -432,3 +432,17 @@ def test_the_builder_runs_it_in_half(tmp_path: pathlib.Path, dtype: str) -> None
     target.emit(model, tmp_path, calibration)
     found: dict[str, Ran] = target.prove(model, tmp_path)
     assert {name: ran.precision for name, ran in found.items()} == {"a": dtype, "y": dtype}
+
+
+def test_the_builder_looks_rows_up_in_half(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    source = """(int64[2,5] i) => (float[2,5,64] y) <float[32,64] t, float[64,64] w> {
+        e = Gather(t, i)
+        y = MatMul(e, w)
+    }"""
+    model = lowering.graph_of(source)
+    calibration = lowering.decide(model, "simplify,cast-half")
+    target = TensorRtRtx(cc=(89,))
+    target.emit(model, tmp_path, calibration)
+    found = target.prove(model, tmp_path)
+    assert {name: ran.precision for name, ran in found.items()} == {"e": "float16", "y": "float16"}
