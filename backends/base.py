@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile import decisions, graph, numerics, opset, spec, syntax
+from qcompile import decisions, graph, halves, numerics, opset, spec, syntax
 from qcompile.errors import TargetError
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
@@ -70,7 +70,9 @@ class Target(abc.ABC):
     * ``weight_formats``: for layers whose input is quantized as well, or weight-only.
     * ``input_formats``: of activations.
     * ``dialect``: the rules, in order.
+    * ``float_formats``: half floats that the runtime computes in, or reads at least.
     * ``newest_opset``: the highest that the runtime reads.
+    * ``runs_here``: whether what is written is run here, by ONNX Runtime.
     """
 
     name: ClassVar[str]
@@ -78,6 +80,8 @@ class Target(abc.ABC):
     input_formats: ClassVar[tuple[str, ...]]
     dialect: ClassVar[tuple[Rule, ...]]
     newest_opset: ClassVar[int]
+    float_formats: ClassVar[tuple[str, ...]] = ()
+    runs_here: ClassVar[bool] = False
 
     def refuse_weight(self, form: str, where: str) -> None:
         """Raise TargetError if weights of ``form`` cannot be held."""
@@ -86,6 +90,10 @@ class Target(abc.ABC):
     def refuse_input(self, form: str, where: str) -> None:
         """Raise TargetError if activations of ``form`` cannot be held."""
         self._refuse(form, self.input_formats, "activations", where)
+
+    def refuse_float(self, form: str, where: str) -> None:
+        """Raise TargetError if the runtime cannot compute in ``form``."""
+        self._refuse(form, self.float_formats, "floats", where)
 
     def _refuse(self, form: str, held: Sequence[str], what: str, where: str) -> None:
         if form not in (*held, "float"):
@@ -98,8 +106,16 @@ class Target(abc.ABC):
         """Turn the decisions of ``model`` into this dialect, in place; counts by rule."""
         lowering = Lowering(model)
         counts = {rule.name: rule.apply(lowering) for rule in self.dialect}
-        lowering.finish(self.newest_opset)
+        lowering.finish(self.opset_limit())
         return counts
+
+    def opset_limit(self) -> int:
+        """The highest opset that the runtime reads, with the options of this target."""
+        return self.newest_opset
+
+    def computed(self, model: ir.Model) -> ir.Model:
+        """``model`` as this runtime computes it, for ONNX Runtime to run: what simulation runs."""
+        return model
 
     @abc.abstractmethod
     def available(self) -> None:
@@ -115,7 +131,7 @@ class Target(abc.ABC):
     def prove(self, model: ir.Model, folder: pathlib.Path) -> dict[str, Ran]:
         """How each captured layer of the lowered ``model`` runs in what ``emit`` wrote."""
 
-    def notes(self, model: ir.Model) -> list[str]:
+    def notes(self, model: ir.Model, folder: pathlib.Path) -> list[str]:
         """What the user must know of what ``emit`` wrote of the lowered ``model``."""
         return []
 
@@ -149,11 +165,16 @@ class Lowering:
         spec.clear(layer.node)
         layer.node.metadata_props[graph.REASON] = reason
 
-    def exclude(self, why: Callable[[Layer], str]) -> int:
-        """Keep float what no dialect holds, and what ``why`` gives a reason for; how many."""
+    def exclude(
+        self, why: Callable[[Layer], str], types: Sequence[ir.DataType] = (ir.DataType.FLOAT,)
+    ) -> int:
+        """Keep float what no dialect holds, and what ``why`` gives a reason for; how many.
+
+        ``types`` are those of the layers that the dialect quantizes.
+        """
         count = 0
         for layer in list(self.decided()):
-            reason = no_dialect_holds(self.model, layer) or why(layer)
+            reason = no_dialect_holds(self.model, layer, types) or why(layer)
             if reason:
                 self.keep_float(layer, reason)
                 count += 1
@@ -178,8 +199,8 @@ class Lowering:
                 found = None if use is None else activation_range(self.model, use.value)
                 if use is None or use.spec is None or found is None:
                     continue
-                self.input_grids[layer.node] = grid_for(found)
-                use.read_from(self.pair(use.value, self.input_grids[layer.node]))
+                use.read_from(self.pair(use.value, grid_for(found)))
+                self.input_grids[layer.node] = self._grids[use.value]
                 count += 1
         return count
 
@@ -191,9 +212,10 @@ class Lowering:
         """Replace the weight that ``use`` reads by codes and a DequantizeLinear; merge equal ones.
 
         ``wide`` stores codes of fewer bits in 8, which integer kernels want beside an int8 input.
+        The scale has the type of the weight: a Cast behind it would keep it from being fused.
         """
         value = use.value
-        grid = self.weight_grid(decided)
+        grid = self.weight_grid(decided, value.dtype)
         key = (value, repr((decided, wide)).encode())
         if key not in self._pairs:
             stored = IntFormat(8, grid.format.signed) if wide else grid.format
@@ -202,6 +224,8 @@ class Lowering:
                 lambda codes: numerics.pack(codes, stored, ""),
             )  # fmt: skip
             scale = self.model.graph.initializers[decided.scale]
+            if halves.of(value.dtype):
+                scale = self._scale(f"{decided.scale}/half", grid, value.dtype)
             self._pairs[key] = self._dequantize_weight(value, codes, grid, stored, scale)
             self._grids[self._pairs[key]] = grid
         use.read_from(self._pairs[key])
@@ -213,9 +237,9 @@ class Lowering:
         if grid is not None:
             self._grids[value] = grid
 
-    def weight_grid(self, decided: TensorSpec) -> Grid:
-        """The grid of a weight."""
-        return decisions.grid(self.model, decided)
+    def weight_grid(self, decided: TensorSpec, dtype: ir.DataType | None = None) -> Grid:
+        """The grid of a weight of ``dtype``, in which its scale is stored."""
+        return decisions.grid(self.model, decided, dtype)
 
     def codes(self, weight: ir.Value, decided: TensorSpec) -> numerics.Codes:
         """The codes of ``weight``, as fitted or else rounded to the nearest."""
@@ -236,7 +260,7 @@ class Lowering:
         """
         if decided.codes or not isinstance(weight.const_value, ir.ExternalTensor):
             return pack(self.codes(weight, decided))
-        tensor, grid = weight.const_value, self.weight_grid(decided)
+        tensor, grid = weight.const_value, self.weight_grid(decided, weight.dtype)
 
         def compute() -> ir.TensorProtocol:
             return pack(grid.quantize(graph.read_tensor(tensor).astype(np.float32, copy=False)))
@@ -267,6 +291,11 @@ class Lowering:
             output=f"{name}/dequantized", like=value,
         )  # fmt: skip
 
+    def _scale(self, name: str, grid: Grid, dtype: ir.DataType | None) -> ir.Value:
+        kind = dtype or ir.DataType.FLOAT
+        scale: graph.Array = grid.scale.astype(kind.numpy())
+        return graph.add_constant(self.model, name, ir.Tensor(scale, dtype=kind))
+
     def _zero_point(self, name: str, grid: Grid, stored: IntFormat) -> ir.Value:
         # Written even when it is 0: without it the type of the codes is lost in some rewrites.
         packed = numerics.pack(grid.zero_point, stored, "")
@@ -289,11 +318,15 @@ class Lowering:
         )  # fmt: skip
 
     def pair(self, value: ir.Value, grid: Grid) -> ir.Value:
-        """``value`` through QuantizeLinear and DequantizeLinear on ``grid``; one pair a grid."""
+        """``value`` through QuantizeLinear and DequantizeLinear on ``grid``; one pair a grid.
+
+        The scale has the type of ``value``, and the grid is that of the scale in that type.
+        """
+        grid = decisions.in_type(grid, value.dtype)
         key = (value, repr((grid.format, grid.scale.tobytes(), grid.zero_point.tobytes())).encode())
         if key not in self._pairs:
             name = value.name or "value"
-            scale = graph.add_constant(self.model, f"{name}/scale", grid.scale)
+            scale = self._scale(f"{name}/scale", grid, value.dtype)
             zero = self._zero_point(name, grid, grid.format)
             kind = ir.Value(type=ir.TensorType(grid.format.dtype), shape=value.shape)
             quantized = graph.insert(
@@ -329,7 +362,12 @@ class Lowering:
         small = {ir.DataType.INT4, ir.DataType.UINT4}
         dtypes = {v.dtype for v in self.model.graph.initializers.values()}
         blocks = any("block_size" in node.attributes for node in self.model.graph)
-        opset.raise_to(self.model, 21 if dtypes & small or blocks else 0, newest_opset)
+        opset.raise_to(self.model, 21 if dtypes & small or blocks else self._floor(), newest_opset)
+
+    def _floor(self) -> int:
+        """The opset that scales in half floats need, if there are any."""
+        pairs = (n for n in self.model.graph if n.op_type == "DequantizeLinear")
+        return 19 if any(n.inputs[1] and halves.of(n.inputs[1].dtype) for n in pairs) else 0
 
 
 def activation_range(model: ir.Model, value: ir.Value) -> tuple[float, float] | None:
@@ -367,12 +405,16 @@ def absorbed(value: ir.Value) -> ir.Value:
 NO_RECURRENT = "a recurrent layer has no quantized form here yet"
 
 
-def no_dialect_holds(model: ir.Model, layer: Layer) -> str:
-    """Why no dialect of Q/DQ pairs runs ``layer`` in integers; "" if nothing stands against it."""
+def no_dialect_holds(model: ir.Model, layer: Layer, types: Sequence[ir.DataType]) -> str:
+    """Why no dialect of Q/DQ pairs runs ``layer`` in integers; "" if nothing stands against it.
+
+    ``types`` are those of the layers that the dialect asks for.
+    """
     uses = [use for use in (layer.input, layer.weight) if use is not None]
     for use in uses:
-        if use.value.dtype not in (ir.DataType.FLOAT, None):
-            return f"a layer of {use.value.dtype.name.lower()}: Q/DQ pairs are for float32 only"
+        if use.value.dtype not in (*types, None):
+            known = " and ".join(_called(t) for t in types)
+            return f"a layer of {_called(use.value.dtype)}: Q/DQ pairs are for {known} only"
     entered, decided = layer.input.spec if layer.input else None, layer.weight.spec
     if layer.kind == "recurrent":
         return NO_RECURRENT
@@ -386,6 +428,10 @@ def no_dialect_holds(model: ir.Model, layer: Layer) -> str:
         if use.spec and use.spec.range and activation_range(model, use.value) is None:
             return f"no range for {use.value.name!r}: calibrate it"
     return ""
+
+
+def _called(dtype: ir.DataType) -> str:
+    return {ir.DataType.FLOAT: "float32"}.get(dtype, dtype.name.lower())
 
 
 def float_in_file(node: ir.Node) -> bool:

@@ -44,6 +44,8 @@ class OrtCpu(Target):
     input_formats: ClassVar[tuple[str, ...]] = ("int8",)
     dialect: ClassVar[tuple[Rule, ...]] = ort_rules.DIALECT
     newest_opset: ClassVar[int] = 25
+    float_formats: ClassVar[tuple[str, ...]] = ("float16",)
+    runs_here: ClassVar[bool] = True
 
     def available(self) -> None:
         """Always there: ONNX Runtime is a dependency."""
@@ -80,7 +82,11 @@ def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
         if owners[w] == 1
     }
     missed = "the runtime found no integer kernel for the pattern"
-    reasons = {o: why_float(n, missed) for n in lowered.graph for o in graph.origins(n)}
+    reasons = {
+        o: _WIDENED if _half(n) else why_float(n, missed)
+        for n in lowered.graph
+        for o in graph.origins(n)
+    }
     found: dict[str, Ran] = {}
     for node in optimized.graph.all_nodes():
         precision = INTEGER_KERNELS.get(node.op_type)
@@ -92,7 +98,9 @@ def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
             (by_weight[v.name] for v in node.inputs if v is not None and v.name in by_weight), ()
         )
         for layer in ids:
-            if precision is None:
+            if precision is None and _half(node):
+                ran = Ran("float16", node.op_type)
+            elif precision is None:
                 ran = Ran("float", node.op_type, reasons.get(layer, missed))
             else:
                 ran = Ran(precision, node.op_type)
@@ -106,6 +114,14 @@ def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
             else:
                 found[layer] = Ran("unknown", "", "no kernel of this name in the optimized graph")
     return found
+
+
+_WIDENED = "the runtime casts it back to float32: it has no float16 kernel for it"
+
+
+def _half(node: ir.Node) -> bool:
+    """Whether ``node`` reads a weight or an activation in float16, as far as types are known."""
+    return any(v is not None and v.dtype == ir.DataType.FLOAT16 for v in node.inputs[:2])
 
 
 def _by_name(name: str, by_node: dict[str, tuple[str, ...]]) -> tuple[str, ...]:

@@ -55,6 +55,8 @@ def build(request: Request) -> Answer:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         return Answer(error="; ".join(_describe(e) for e in errors[:3]), version=version)
     config = builder.create_builder_config()
+    if hasattr(config, "profiling_verbosity"):
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names for the inspector
     if request["cc"]:
         config.num_compute_capabilities = len(request["cc"])
         for index, cc in enumerate(request["cc"]):

@@ -15,7 +15,7 @@ from onnxscript import optimizer
 from qcompile import execute, graph
 from qcompile.errors import TargetError
 
-# The builder finds no runner for the first; the parser does not know the second.
+# Of TensorRT-RTX: the builder finds no runner for the first; the parser does not know the second.
 NO_KERNEL = frozenset(("NonMaxSuppression", "NonZero"))
 
 
@@ -60,14 +60,14 @@ def _may_fold(node: ir.Node) -> bool | None:
     return True if node.op_type == "ConstantOfShape" else None
 
 
-def without_kernel(model: ir.Model) -> list[ir.Node]:
+def without_kernel(model: ir.Model, missing: frozenset[str] = NO_KERNEL) -> list[ir.Node]:
     """The nodes of the main graph that the runtime has no kernel for."""
-    return [n for n in model.graph if n.op_type in NO_KERNEL and n.domain in ("", "ai.onnx")]
+    return [n for n in model.graph if n.op_type in missing and n.domain in ("", "ai.onnx")]
 
 
-def behind(model: ir.Model) -> set[ir.Node]:
+def behind(model: ir.Model, missing: frozenset[str] = NO_KERNEL) -> set[ir.Node]:
     """The nodes without a kernel, and all that depends on what they write."""
-    found = set(without_kernel(model))
+    found = set(without_kernel(model, missing))
     if found:
         for node in model.graph:
             if any(value.producer() in found for value in _reads(node)):
@@ -75,13 +75,13 @@ def behind(model: ir.Model) -> set[ir.Node]:
     return found
 
 
-def split(model: ir.Model) -> tuple[ir.Model, ir.Model | None]:
+def split(model: ir.Model, missing: frozenset[str] = NO_KERNEL) -> tuple[ir.Model, ir.Model | None]:
     """``model`` up to the first operator without a kernel, and what stands behind; or None.
 
     The tail has the inputs of ``model`` that it reads, and what it reads of the head, by the names
     of the values. Raises TargetError if no layer stands in front.
     """
-    later = behind(model)
+    later = behind(model, missing)
     if not later:
         return model, None
     crossing = {
@@ -94,7 +94,7 @@ def split(model: ir.Model) -> tuple[ir.Model, ir.Model | None]:
         and value.producer().graph is model.graph  # pyright: ignore[reportOptionalMemberAccess]
     }
     if not any(layer.node not in later for layer in graph.layers(model)) and not crossing:
-        first = without_kernel(model)[0]
+        first = without_kernel(model, missing)[0]
         raise TargetError(f"TensorRT-RTX has no kernel for {first.name!r} ({first.op_type})")
     written = [v.name or "" for v in model.graph.outputs if v.producer() not in later]
     head = execute.fetch(model, list(dict.fromkeys([*written, *crossing])))

@@ -1,14 +1,17 @@
-"""Read the program text inside a serialized TensorRT-RTX engine.
+"""Read what an engine consists of: the program text inside its plan, or what its inspector says.
 
-The format is not documented. It is used for what can be said without a GPU: which types a kernel
-takes and how many bytes a constant has. A plan without text reads as empty, and the proof then says
-"unknown".
+The format of the first is not documented. It is used for what can be said without a GPU: which
+types a kernel takes and how many bytes a constant has. A plan without text reads as empty, and the
+proof then says "unknown".
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+from collections.abc import Sequence
+from typing import Any
 
 _TENSOR = re.compile(r"tensor=\{ ([^\n]*?) type=(\w+) ?\}")
 _STEP = re.compile(r'^ *([a-z_]+)=\{ name="?([^\s"]+)"?([^\n]*)', re.M)
@@ -54,3 +57,50 @@ def steps(text: str) -> list[Step]:
         nodes = tuple(_LAYERS.findall(layers[1])) if layers else ()
         found.append(Step(operation, name, reads, nodes))
     return found
+
+
+# How the builder names what it fuses around a product.
+_MULTIPLIES = re.compile(r"Fc|gemm|mha|conv", re.IGNORECASE)
+
+
+def by_node(steps: Sequence[Step]) -> tuple[dict[str, Step], dict[str, Step]]:
+    """The first step that multiplies, and the first of all, for each ONNX node."""
+    products, every = dict[str, Step](), dict[str, Step]()
+    for step in steps:
+        for node in step.nodes:
+            every.setdefault(node, step)
+            multiplies = step.operation in ("corrltn", "fully_connected")
+            if multiplies or _MULTIPLIES.search(step.name):
+                products.setdefault(node, step)
+    return products, every
+
+
+# What the inspector calls types, in the words of the program text.
+_TYPES = {
+    "Int8": "int8", "Int4": "int4", "INT4": "int4", "INT8": "int8", "FP8": "fp8", "FP4": "fp4",
+    "BF16": "bf16", "FP16": "half", "Half": "half", "FP32": "float", "Float": "float",
+}  # fmt: skip
+
+
+def inspected(text: str) -> list[Step]:
+    """Every step in what an engine inspector says as JSON, for an engine of detailed verbosity.
+
+    Not run by us.
+    """
+    layers: list[Any] = json.loads(text).get("Layers", [])
+    found: list[Step] = []
+    for layer in layers:
+        if not isinstance(layer, dict):
+            continue  # a name alone: the verbosity was not detailed
+        said: Any = layer  # pyright: ignore[reportUnknownVariableType]
+        types = [_type(str(each.get("Format/Datatype", ""))) for each in said.get("Inputs", [])]
+        if isinstance(said.get("Weights"), dict):
+            types.append(_type(str(said["Weights"].get("Type", ""))))
+        nodes = tuple(_LAYERS.findall(str(said.get("Metadata", ""))))
+        kind = str(said.get("LayerType", ""))
+        found.append(Step(kind, f"{kind} {said.get('Name', '')}", tuple(types), nodes))
+    return found
+
+
+def _type(text: str) -> str:
+    return next((kind for word, kind in _TYPES.items() if word in text), "?")

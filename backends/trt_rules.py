@@ -15,18 +15,23 @@ from qcompile.backends.base import Lowering, activation_range, rules
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
 
+TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 INT8 = IntFormat(8, signed=True)
 # Below these, NVIDIA's own exclusions leave a layer in float.
 MIN_CHANNELS = 16
+# Above this, its fused int8 attention is left for float.
+MAX_POSITIONS = 512
 
 
 def keep_float(low: Lowering) -> int:
     """Leave in float what int8 makes slower: depthwise Conv and ConvTranspose (weights are blown
-    up, or run in float all the same), Conv and linear layers with fewer than 16 channels in or out
-    (a first Conv excepted), Gemm with a transposed input, block scales beside a quantized input
-    (the builder is suspected to apply them once a channel), and what is not float32.
+    up, or run in float all the same), products with a single row or column, Conv and products with
+    fewer than 16 channels in or out (a first Conv, channels of a multiple of 8 under a square
+    kernel, and grouped Convs of 3x3 and above excepted), attention over more than 512 positions,
+    Gemm with a transposed input, block scales beside a quantized input (the builder is suspected to
+    apply them once a channel), and what is not float32 or half.
     """
-    return low.exclude(_why_float)
+    return low.exclude(_why_float, TYPES)
 
 
 def _why_float(layer: Layer) -> str:
@@ -36,19 +41,56 @@ def _why_float(layer: Layer) -> str:
         return "TensorRT runs ConvTranspose in float"
     if graph.attribute(layer.node, "transA", 0):
         return "a Gemm with a transposed input stays float"
+    if layer.input is None or layer.input.spec is None:
+        return "" if layer.kind == "attention" else _why_small(layer)
+    if layer.kind != "conv" and _one_row(layer):
+        return "a product with one row or column is faster in float"
+    if layer.kind == "attention":
+        return _why_attention(layer)
+    return _why_small(layer)
+
+
+def _why_small(layer: Layer) -> str:
     shape = graph.shape_of(layer.weight.value)
-    if layer.kind == "attention" or shape is None or layer.input is None:
+    if shape is None or layer.input is None:
         return ""
-    first = layer.input.value.is_graph_input()
     outs, ins = shape[layer.channel_axis], shape[layer.reduce_axis]
-    if layer.kind == "conv":
-        square = len(set(shape[2:])) == 1 and ins % 8 == 0 and outs % 8 == 0
-        if (ins >= MIN_CHANNELS or first or square) and (outs >= MIN_CHANNELS or square):
-            return ""
-        return f"a Conv with {ins} to {outs} channels is faster in float"
-    if min(ins, outs) < MIN_CHANNELS:
-        return f"a linear layer of {ins} to {outs} is faster in float"
+    if layer.kind != "conv":
+        small = min(ins, outs) < MIN_CHANNELS
+        return f"a linear layer of {ins} to {outs} is faster in float" if small else ""
+    first = layer.input.value.is_graph_input()
+    square = len(set(shape[2:])) == 1 and ins % 8 == 0 and outs % 8 == 0
+    fast = (ins >= MIN_CHANNELS or first or square) and (outs >= MIN_CHANNELS or square)
+    if graph.attribute(layer.node, "group", 1) > 1:
+        fast = fast or (outs % 8 == 0 and min(shape[2:]) >= 3)
+    return "" if fast else f"a Conv with {ins} to {outs} channels is faster in float"
+
+
+def _why_attention(layer: Layer) -> str:
+    assert layer.input is not None
+    widths = [_last_dims(v)[-1:] for v in (layer.input.value, layer.weight.value)]
+    for width in (w for dims in widths for w in dims if w is not None):
+        if width < MIN_CHANNELS:
+            return f"a product over or of {width} is faster in float"
+    if any(d is not None and d > MAX_POSITIONS for d in _last_dims(layer.input.value)):
+        return f"int8 attention is fast up to {MAX_POSITIONS} positions"
+    if any(d is not None and d > MAX_POSITIONS for d in _last_dims(layer.output)):
+        return f"int8 attention is fast up to {MAX_POSITIONS} positions"
     return ""
+
+
+def _one_row(layer: Layer) -> bool:
+    """Whether the product is known to have one row or one column."""
+    dims = _last_dims(layer.output)
+    # More than two dimensions with a weight are rows of a batch, which the builder folds.
+    flat = layer.kind == "attention" or graph.rank_of(layer.output) == 2
+    return flat and 1 in dims
+
+
+def _last_dims(value: ir.Value) -> list[int | None]:
+    """The last two dimensions of ``value``, None where unknown."""
+    dims = [] if value.shape is None else list(value.shape)[-2:]
+    return [d if isinstance(d, int) else None for d in dims]
 
 
 def centre(low: Lowering) -> int:
@@ -71,10 +113,10 @@ def centre(low: Lowering) -> int:
             continue
         x = entered.value
         if x not in moved:
-            middle = float(np.float32((found[0] + found[1]) / 2))
-            constant = graph.add_constant(
-                low.model, f"{x.name}/middle", np.array(middle, np.float32)
-            )
+            kind = (x.dtype or ir.DataType.FLOAT).numpy()
+            array = np.array((found[0] + found[1]) / 2, kind)
+            middle = float(array)
+            constant = graph.add_constant(low.model, f"{x.name}/middle", array)
             centred = graph.insert(
                 low.model, "Sub", [x, constant], output=f"{x.name}/centred", behind=x, like=x
             )
@@ -107,7 +149,7 @@ def _add_to_bias(low: Lowering, layer: Layer, middle: float) -> None:
         name = f"{layer.bias.value.name}/moved"
         layer.bias.read_from(graph.add_constant(low.model, name, array))
         return
-    constant = graph.add_constant(low.model, f"{layer.name}/bias", moved.astype(weight.dtype))
+    constant = graph.add_constant(low.model, f"{layer.name}/bias", moved.astype(kind.numpy()))
     if layer.node.op_type == "Gemm":
         if len(layer.node.inputs) < 3:
             layer.node.resize_inputs(3)
@@ -121,13 +163,62 @@ def _add_to_bias(low: Lowering, layer: Layer, middle: float) -> None:
     graph.redirect(low.model, layer.output, biased, keep=lambda use: use.node is add)
 
 
+def attention_scale(low: Lowering) -> int:
+    """Move the scale of quantized attention scores in front of the product, onto the queries.
+
+    ``c (Q K) = (c Q) K``: then nothing stands between the int8 product and Softmax, which the
+    builder fuses with each other, and queries are fewer than scores.
+    """
+    count = 0
+    for layer in list(low.decided()):
+        scaling = _scaling(layer)
+        if scaling is None or layer.input is None or layer.input.spec is None:
+            continue
+        node, factor = scaling
+        queries, scores = layer.input.value, layer.output
+        kind = (queries.dtype or ir.DataType.FLOAT).numpy()
+        constant = graph.add_constant(low.model, f"{queries.name}/factor", np.array(factor, kind))
+        scaled = graph.insert(
+            low.model, "Mul", [queries, constant],
+            output=f"{queries.name}/scaled", behind=queries, like=queries,
+        )  # fmt: skip
+        found = activation_range(low.model, queries)
+        assert found is not None  # keep-float saw to it
+        graph.set_range(low.model, scaled, *sorted(end * factor for end in found))
+        layer.input.read_from(scaled)
+        graph.redirect(low.model, node.outputs[0], scores, keep=lambda _: False)
+        low.model.graph.remove(node, safe=True)
+        count += 1
+    return count
+
+
+def _scaling(layer: Layer) -> tuple[ir.Node, float] | None:
+    """The Mul or Div by a number that alone reads a product of two activations, and its factor."""
+    read = graph.readers(layer.output)
+    if layer.kind != "attention" or len(read) != 1 or layer.output.is_graph_output():
+        return None
+    node, index = read[0].node, read[0].index
+    plain = node.graph is layer.node.graph and node.domain in ("", "ai.onnx")
+    if not plain or node.op_type not in ("Mul", "Div") or (node.op_type == "Div" and index):
+        return None
+    other = node.inputs[1 - index]
+    if other is None or not graph.is_constant(other) or graph.constant(other).size != 1:
+        return None
+    number = float(graph.constant(other).reshape(-1)[0])
+    factor = number if node.op_type == "Mul" else 1.0 / number if number else 0.0
+    return (node, factor) if np.isfinite(factor) and factor else None
+
+
 def weights(low: Lowering) -> int:
     """Store weights as symmetric int8 beside a quantized input; alone in 4 bits if they fit."""
     return low.store_weights()
 
 
 def inputs(low: Lowering) -> int:
-    """Give each quantized input a symmetric int8 grid: the larger end of its range over 127."""
+    """Give each quantized input a symmetric int8 grid: the larger end of its range over 127.
+
+    A Concat is quantized behind, so that what it joins has one scale; the builder moves it up.
+    """
     return low.store_inputs(lambda found: symmetric(*found))
 
 
@@ -164,4 +255,4 @@ def symmetric(low: float, high: float) -> Grid:
     return Grid(INT8, scale, zero)
 
 
-DIALECT = rules(keep_float, centre, weights, inputs, residual)
+DIALECT = rules(keep_float, centre, attention_scale, weights, inputs, residual)

@@ -134,7 +134,7 @@ def _job(model: ir.Model, readers: Sequence[Layer], grams: Mapping[str, Gram]) -
     layer = readers[0]
     assert layer.weight.spec is not None
     weight = graph.finite_weight(layer).astype(np.float32, copy=False)
-    grid = decisions.grid(model, layer.weight.spec)
+    grid = decisions.grid(model, layer.weight.spec, layer.weight.value.dtype)
     scale, _ = grid.each(weight.shape)
     gram = sum((grams[reader.name].matrix for reader in readers), np.float64(0))
     seen = sum(grams[reader.name].rows for reader in readers)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile import execute, extremes, graph, patches, ports, sequences
+from qcompile import execute, extremes, graph, halves, patches, ports, sequences
 from qcompile.errors import CalibrationError
 from qcompile.graph import Layer
 from qcompile.sequences import Sample, Samples, State
@@ -78,6 +78,18 @@ class Gram:
 
     matrix: npt.NDArray[np.float64]
     rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Magnitude:
+    """The largest and the least absolute number of a value over all samples, and one shape of it.
+
+    What is not finite does not count; 0, 0 of a value without any other number.
+    """
+
+    largest: float
+    least: float
+    shape: tuple[int, ...]
 
 
 Statistic = MinMax | Histogram | Moments
@@ -172,6 +184,22 @@ class Calibration:
             self._grams |= self._multiplied(model, wanted, taken, rows)
         return {name: self._grams[key] for name, key in keyed.items()}
 
+    def magnitudes(self, model: ir.Model, values: Sequence[str]) -> dict[str, Magnitude]:
+        """The magnitude of each of ``values``, floats of the main graph; padding counts as well."""
+        plain = halves.rounded(model)
+        session = execute.Session(sequences.fetch(plain, values, self.state))
+        found = dict.fromkeys(values, Magnitude(0.0, np.inf, ()))
+        for _, results in sequences.carry(session, self._swept("magnitudes"), self.state, values):
+            for name, array in results.items():
+                sizes, before = np.abs(array[np.isfinite(array)]), found[name]
+                largest = max(before.largest, float(sizes.max(initial=0.0)))
+                least = min(before.least, float(sizes.min(initial=np.inf)))
+                found[name] = Magnitude(largest, least, array.shape)
+        return {
+            name: m if np.isfinite(m.least) else dataclasses.replace(m, least=0.0)
+            for name, m in found.items()
+        }
+
     def shapes(self, model: ir.Model) -> dict[str, tuple[int, ...]]:
         """The shape of every value of the main graph for the first sample."""
         names = [v.name or "" for node in model.graph for v in node.outputs if v.name]
@@ -184,6 +212,7 @@ class Calibration:
     def _sweep(
         self, model: ir.Model, values: Sequence[str], observer: Observer
     ) -> dict[str, Statistic]:
+        model = halves.rounded(model)
         if observer == "minmax":
             return dict(self._extremes(model, values))
         if observer == "moments":

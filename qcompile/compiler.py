@@ -24,6 +24,7 @@ from qcompile import (
     execute,
     folders,
     graph,
+    halves,
     images,
     opset,
     pipeline,
@@ -160,7 +161,8 @@ class Compiler:
         if len(set(names)) < len(names):
             raise QCompileError(f"a target is named twice: {', '.join(names)}")
         pipeline.check(self.passes, self.targets)
-        if not options.allow_float and not any("lowered" in p.produces for p in self.passes):
+        self._promised = {word for p in self.passes for word in p.produces}
+        if not options.allow_float and not self._promised & {"lowered", "narrowed"}:
             raise PassError(
                 f"{self.text!r} lowers nothing: end it with calibrate,quantize,insert-qdq "
                 "(--allow-float writes a float model all the same)"
@@ -335,6 +337,8 @@ class Compiler:
                 decided = model
 
         model, steps = self._through(model, passes, context, judge, place, position, keys, before)
+        if "lowered" not in self._promised:
+            decided = model
         self._part = crash.Part(model, "", str(target), context.calibration)
         self._refuse_float(model)
         assert context.reference is not None
@@ -373,15 +377,16 @@ class Compiler:
         proof = target.prove(lowered, main.parent)
         shapes = calibration.shapes(reference) if calibration else {}
         values = [layer.biased_output.name or "" for layer in graph.layers(decided)]
-        sqnr = simulate.layer_sqnr(reference, lowered, values, judge.samples[:4]) if judge else {}
+        computed = target.computed(lowered)
+        sqnr = simulate.layer_sqnr(reference, computed, values, judge.samples[:4]) if judge else {}
         rows = report.layer_reports(reference, decided, lowered, proof, shapes, sqnr)
         size = report.Size(execute.weight_bytes(reference), _bytes_of(main))
         outputs: list[report.Output] = []
         apart: float | None = None
         latency: bench.Latency | None = None
         if judge is not None:
-            simulated = simulate.Session(lowered, optimize=False)
-            runs_here = main.suffix == ".onnx"
+            simulated = simulate.Session(computed, optimize=False)
+            runs_here = target.runs_here
             actual = execute.Session(main) if runs_here else simulated
             found, cosine = judge.sqnr(actual), judge.cosine(actual)
             expected = judge.sqnr(simulated) if runs_here else found
@@ -415,7 +420,7 @@ class Compiler:
             size=size,
             latency=latency,
             simulated_against_run=apart,
-            warnings=(*self._findings, *target.notes(lowered), *warnings),
+            warnings=(*self._findings, *target.notes(lowered, main.parent), *warnings),
         )
 
     def _context(
@@ -493,8 +498,16 @@ class Compiler:
             execute.save(model, stem.with_suffix(".onnx"))
 
     def _refuse_float(self, model: ir.Model) -> None:
-        quantized = any(n.op_type in ("DequantizeLinear", "MatMulNBits") for n in model.graph)
-        if quantized or self.options.allow_float:
+        if self.options.allow_float:
+            return
+        if "lowered" not in self._promised:
+            if not any(halves.of(v.dtype) for v in graph.values(model)):
+                raise PassError(
+                    f"nothing is a half float after {self.text!r}: all of the model must stay "
+                    "float32 (--allow-float writes the model all the same)"
+                )
+            return
+        if any(n.op_type in ("DequantizeLinear", "MatMulNBits") for n in model.graph):
             return
         raise PassError(
             f"nothing is quantized by {self.text!r}: no layer was found that the passes and the "

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 
-from qcompile import graph, numerics
+from qcompile import graph, halves, numerics
 from qcompile.numerics import Codes, Floats, Grid
 from qcompile.spec import TensorSpec
 
 
-def grid(model: ir.Model, decided: TensorSpec) -> Grid:
-    """The grid of a weight."""
+def grid(model: ir.Model, decided: TensorSpec, dtype: ir.DataType | None = None) -> Grid:
+    """The grid of a weight of ``dtype``, in which its scale is stored."""
     initializers = model.graph.initializers
     scale = graph.constant(initializers[decided.scale]).astype(np.float32, copy=False)
     zero = np.broadcast_to(np.int32(0), scale.shape)  # takes no memory
     if decided.zero_point:
         zero = numerics.unpack(_tensor(initializers[decided.zero_point]))
     form = numerics.parse_format(decided.format)
-    return Grid(form, scale, zero, decided.axis, decided.block)
+    return in_type(Grid(form, scale, zero, decided.axis, decided.block), dtype)
+
+
+def in_type(grid: Grid, dtype: ir.DataType | None) -> Grid:
+    """``grid`` with its scale as ``dtype`` holds it."""
+    half = halves.of(dtype)
+    return grid if half is None else dataclasses.replace(grid, scale=half.scale(grid.scale))
 
 
 def codes(model: ir.Model, weight: ir.Value, decided: TensorSpec) -> Codes:
@@ -26,12 +34,12 @@ def codes(model: ir.Model, weight: ir.Value, decided: TensorSpec) -> Codes:
     if decided.codes:
         return numerics.unpack(_tensor(model.graph.initializers[decided.codes]))
     array = graph.constant(weight).astype(np.float32, copy=False)
-    return grid(model, decided).quantize(array)
+    return grid(model, decided, weight.dtype).quantize(array)
 
 
 def rounded(model: ir.Model, weight: ir.Value, decided: TensorSpec) -> Floats:
     """The values that the codes of ``weight`` stand for."""
-    return grid(model, decided).dequantize(codes(model, weight, decided))
+    return grid(model, decided, weight.dtype).dequantize(codes(model, weight, decided))
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:

@@ -81,7 +81,11 @@ def raise_to(model: ir.Model, oldest: int, newest: int) -> None:
         raise TargetError(f"the model has opset {opset}; this target reads up to {newest}")
     if opset < oldest:
         converter: Any = version_converter  # partly untyped
+        kept = dict(model.graph.initializers)
         converter.convert_version(model, oldest, fallback=False)
+        for name, value in kept.items():  # it drops those that only a decision names
+            if name not in model.graph.initializers:
+                model.graph.register_initializer(value)
         if model.opset_imports.get("", 0) != oldest:
             raise TargetError(f"the model could not be raised from opset {opset} to {oldest}")
     fit_format(model)

@@ -77,6 +77,10 @@ class Pass(abc.ABC):
         """The activation formats that this pass will ask for."""
         return ()
 
+    def float_formats(self) -> tuple[str, ...]:
+        """The half floats that this pass will compute in."""
+        return ()
+
     def __str__(self) -> str:
         return syntax.render(self.name, self)
 
@@ -152,8 +156,9 @@ def to_text(passes: Sequence[Pass]) -> str:
 def check(passes: Sequence[Pass], targets: Sequence[Target]) -> None:
     """Raise QCompileError for what cannot work, before anything runs.
 
-    Words: the order of the passes. Extras: packages that a pass needs. Targets: each weight and
-    activation format that a pass will ask for must be one that the target can hold.
+    Words: the order of the passes. Extras: packages that a pass needs. Targets: each format of
+    weights, activations and half floats that a pass will ask for must be one that the target can
+    hold.
     """
     problem = _first_problem(passes)
     if problem is not None:
@@ -172,6 +177,8 @@ def check(passes: Sequence[Pass], targets: Sequence[Target]) -> None:
                 target.refuse_weight(form, str(step))
             for form in step.input_formats():
                 target.refuse_input(form, str(step))
+            for form in step.float_formats():
+                target.refuse_float(form, str(step))
 
 
 def _first_problem(passes: Sequence[Pass]) -> tuple[Pass, str | None, Pass | None] | None:

@@ -7,6 +7,8 @@ import pathlib
 from qcompile.errors import QCompileError, nearest
 
 RECIPES = {
+    "fp16": "simplify,recompose,fold-bn,cast-half",
+    "int8-fp16": "simplify,recompose,fold-bn,calibrate,quantize,cast-half,insert-qdq",
     "int8": "simplify,recompose,fold-bn,calibrate,quantize,insert-qdq",
     "int8-rotated": "simplify,recompose,fold-bn,smooth-hadamard,calibrate,quantize,insert-qdq",
 }

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qcompile import graph, numerics
+from qcompile import graph, halves, numerics
 from qcompile.backends.base import Ran
 from qcompile.bench import Latency
-from qcompile.graph import Layer, Shapes
+from qcompile.graph import Layer, Shapes, Use
 from qcompile.pipeline import Step
-from qcompile.spec import TensorSpec
 
 SCHEMA_VERSION = 1
+_NOT_FUSED = frozenset(("float", "unknown", *halves.TYPES))
 PACKAGES = ("qcompile", "onnx", "onnx-ir", "onnxruntime", "numpy", "tensorrt-rtx", "torch")
 
 
@@ -124,8 +124,8 @@ class Report:
         return sum(self.share["macs"].get(p, 0.0) for p in precisions)
 
     def fused(self) -> float:
-        """The share of MACs that runs in a precision below float, by proof; 0 to 1."""
-        return sum(v for k, v in self.share["macs"].items() if k not in ("float", "unknown"))
+        """The share of MACs that runs in integers or in few bits, by proof; 0 to 1."""
+        return sum(v for k, v in self.share["macs"].items() if k not in _NOT_FUSED)
 
     def to_json(self) -> str:
         """The report as JSON; figures that are not finite become null."""
@@ -189,7 +189,7 @@ def _row(
     dtype = captured.weight.value.dtype
     itemsize = 0 if dtype is None else dtype.itemsize
     count = sum(math.prod(shape) for shape in captured.weight_shapes())
-    weights = [part.weight.spec for part in parts if graph.is_constant(part.weight.value)]
+    weights = [part.weight for part in parts if graph.is_constant(part.weight.value)]
     widths = [_bits(part, itemsize * 8.0) for part in parts]
     outputs = [sqnr[n] for part in parts if (n := part.biased_output.name or "") in sqnr]
     return LayerReport(
@@ -198,8 +198,8 @@ def _row(
         kind=captured.kind,
         weight_shape=tuple(shape),
         macs=macs,
-        weight=_asked([*weights] or [part.weight.spec for part in parts]),
-        input=_asked([part.input.spec for part in parts if part.input is not None]),
+        weight=_asked([*weights] or [part.weight for part in parts]),
+        input=_asked([part.input for part in parts if part.input is not None]),
         nominal_bits=min((nominal for nominal, _ in widths), default=itemsize * 8.0),
         effective_bits=sum(total for _, total in widths) / max(count, 1) if count else 0.0,
         stored_bytes=stored,
@@ -211,9 +211,14 @@ def _row(
     )
 
 
-def _asked(specs: Sequence[TensorSpec | None]) -> str:
+def _asked(uses: Sequence[Use]) -> str:
     """What was asked of the parts of a layer, each once."""
-    return " + ".join(dict.fromkeys(str(s or "float") for s in specs)) or "float"
+    return " + ".join(dict.fromkeys(str(u.spec or _float(u)) for u in uses)) or "float"
+
+
+def _float(use: Use) -> str:
+    half = halves.of(use.value.dtype)
+    return half.dtype.name.lower() if half else "float"
 
 
 def _bits(part: Layer, width: float) -> tuple[float, float]:
@@ -221,6 +226,8 @@ def _bits(part: Layer, width: float) -> tuple[float, float]:
     decided, shape = part.weight.spec, graph.shape_of(part.weight.value) or ()
     count = math.prod(shape)
     if decided is None:
+        half = halves.of(part.weight.value.dtype)
+        width = half.dtype.bitwidth if half else width
         return width, width * count
     nominal = float(numerics.parse_format(decided.format).bits)
     groups = _groups(shape, decided.axis, decided.block)

@@ -25,11 +25,11 @@ Array = npt.NDArray[Any]
 
 
 def simulate(model: ir.Model, target: Target) -> Session:
-    """``model`` as ``target`` computes it; a model without decisions runs in float."""
+    """``model`` as ``target`` computes it; a model without decisions runs as it is."""
     if any(spec.all_specs(node) for node in model.graph):
         model = model.clone()
         target.lower(model)
-    return Session(model, optimize=False)
+    return Session(target.computed(model), optimize=False)
 
 
 class Judge:

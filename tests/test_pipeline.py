@@ -40,6 +40,7 @@ PASSES = registry.passes()
 
 # Every built-in pass, with every option away from its default.
 TEXTS = [
+    "cast-half{dtype=bfloat16 keep=Softmax margin=2.5}",
     "simplify",
     "recompose",
     "fold-bn",

@@ -28,7 +28,7 @@ BLOCK = """(float[N,16,8,8] x) => (float[N,16,8,8] y)
     s = Add(d, r)
     y = Relu(s)
 }"""
-PRODUCT = "(float[2,8,8] q, float[2,8,8] k) => (float[2,8,8] y) { y = MatMul(q, k) }"
+PRODUCT = "(float[2,16,16] q, float[2,16,16] k) => (float[2,16,16] y) { y = MatMul(q, k) }"
 BOTH = "simplify,calibrate,quantize{attention=int8}"
 
 
@@ -56,7 +56,9 @@ def act(source: str, rule: str, passes: str = lowering.DECIDE) -> tuple[int, lis
 
 def test_every_rule_has_a_test_here_and_a_reason() -> None:
     names = [rule.name for rule in trt_rules.DIALECT]
-    assert names == ["keep-float", "centre", "weights", "inputs", "residual"]
+    assert names == [
+        "keep-float", "centre", "attention-scale", "weights", "inputs", "residual",
+    ]  # fmt: skip
     tests = "\n".join(globals())
     for rule in trt_rules.DIALECT:
         assert len(rule.why) > 40
@@ -96,6 +98,31 @@ def test_every_rule_has_a_test_here_and_a_reason() -> None:
             lowering.DECIDE,
             "linear layer of 8 to 16",
         ),
+        (
+            "(float[1,32] x) => (float[1,32] y) <float[32,32] w> { y = MatMul(x, w) }",
+            lowering.DECIDE,
+            "one row or column",
+        ),
+        (
+            "(float[2,1,32] q, float[2,32,64] k) => (float[2,1,64] y) { y = MatMul(q, k) }",
+            BOTH,
+            "one row or column",
+        ),
+        (
+            "(float[2,32,8] q, float[2,8,32] k) => (float[2,32,32] y) { y = MatMul(q, k) }",
+            BOTH,
+            "a product over or of 8",
+        ),
+        (
+            "(float[1,16,32] q, float[1,32,513] k) => (float[1,16,513] y) { y = MatMul(q, k) }",
+            BOTH,
+            "up to 512 positions",
+        ),
+        (
+            "(float[1,16,513] p, float[1,513,32] v) => (float[1,16,32] y) { y = MatMul(p, v) }",
+            BOTH,
+            "up to 512 positions",
+        ),
         (conv(12, 16, "3,3"), lowering.DECIDE, "Conv with 12 to 16 channels"),
         (conv(16, 12, "3,3"), lowering.DECIDE, "Conv with 16 to 12 channels"),
         (conv(8, 16, "3,1"), lowering.DECIDE, "Conv with 8 to 16 channels"),
@@ -133,6 +160,11 @@ def test_keep_float_leaves_half_a_product_of_activations_in_float() -> None:
         conv(8, 16, "3,3"),
         conv(16, 8, "3,3"),
         "(float[N,3,8,8] x) => (float[N,16,6,6] y) <float[16,3,3,3] w> { y = Conv(x, w) }",
+        """(float[N,32,8,8] x) => (float[N,32,6,6] y) <float[32,4,3,3] w> {
+            h = Tanh(x)
+            y = Conv<group=8>(h, w)
+        }""",
+        "(float[1,1,32] x) => (float[1,1,32] y) <float[32,32] w> { y = MatMul(x, w) }",
     ],
 )
 def test_keep_float_leaves_what_is_faster_in_int8(source: str) -> None:
@@ -247,12 +279,78 @@ def test_inputs_of_both_sides_of_a_product_are_quantized() -> None:
     count, changed, _ = act(PRODUCT, "inputs", BOTH)
     assert count == 2
     assert changed[-1] == (
-        "+%y: f32[2,8,8] = MatMul(%q/dequantized{int8 asymmetric}, %k/dequantized{int8 asymmetric})"
+        "+%y: f32[2,16,16] = "
+        "MatMul(%q/dequantized{int8 asymmetric}, %k/dequantized{int8 asymmetric})"
     )
 
 
 def test_inputs_leave_weight_only_layers() -> None:
     assert act(GEMM, "inputs", lowering.WEIGHT_ONLY)[:2] == (0, [])
+
+
+CONCAT = """(float[N,16,8,8] x) => (float[N,16,8,8] y)
+<float[16,16,3,3] w, float[16,32,3,3] v> {
+    c = Conv<pads=[1,1,1,1]>(x, w)
+    j = Concat<axis=1>(x, c)
+    y = Conv<pads=[1,1,1,1]>(j, v)
+}"""
+
+
+def test_inputs_of_a_concat_share_the_scale_behind_it() -> None:
+    _, changed, _ = act(CONCAT, "inputs")
+    assert [line for line in changed if "Concat" in line] == []
+    assert any(line.startswith("+%j/quantized: i8") for line in changed)
+
+
+# -- attention-scale ----------------------------------------------------------------------------
+
+SCORES = """(float[2,16,32] q, float[2,32,16] k) => (float[2,16,16] y) <float f = {0.125}> {
+    s = MatMul(q, k)
+    t = Mul(s, f)
+    y = Softmax(t)
+}"""
+
+
+@pytest.mark.parametrize("scaling", ["Mul(s, f)", "Mul(f, s)", "Div(s, f)"])
+def test_attention_scale_moves_onto_the_queries(scaling: str) -> None:
+    source = SCORES.replace("Mul(s, f)", scaling)
+    count, changed, low = act(source, "attention-scale", BOTH)
+    assert count == 1
+    assert changed[-3:] == [
+        "+%q/scaled: f32[2,16,32] = Mul(%q, %q/factor)",
+        "+%s: f32[2,16,16] = MatMul(%q/scaled{int8 asymmetric}, %k{int8 asymmetric})",
+        "+%y: f32[2,16,16] = Softmax(%s)",
+    ]
+    factor = 8.0 if scaling.startswith("Div") else 0.125
+    arrays = low.model.graph.initializers
+    wanted = factor * graph.constant(arrays["q/range"])
+    np.testing.assert_allclose(graph.constant(arrays["q/scaled/range"]), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sign", ["0.125", "-0.125"])
+def test_attention_scale_keeps_the_function(sign: str) -> None:
+    model = lowering.graph_of(SCORES.replace("0.125", sign))
+    lowering.decide(model, BOTH)
+    low = Lowering(model.clone())
+    assert trt_rules.attention_scale(low) == 1
+    graphs.assert_same_function(model, low.model)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        SCORES.replace("float f = {0.125}", "float[16] f"),
+        SCORES.replace("Mul(s, f)", "Div(f, s)"),
+        SCORES.replace("Softmax(t)", "Add(t, s)"),
+        SCORES.replace("Mul(s, f)", "Tanh(s)"),
+    ],
+)
+def test_attention_scale_leaves_what_is_no_scaling_of_scores_alone(source: str) -> None:
+    assert act(source, "attention-scale", BOTH)[:2] == (0, [])
+
+
+def test_attention_scale_leaves_float_scores() -> None:
+    assert act(SCORES, "attention-scale")[:2] == (0, [])
 
 
 # -- residual -----------------------------------------------------------------------------------
