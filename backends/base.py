@@ -71,6 +71,7 @@ class Target(abc.ABC):
     * ``input_formats``: of activations.
     * ``dialect``: the rules, in order.
     * ``newest_opset``: the highest that the runtime reads.
+    * ``runtime``: the Python package that runs what ``emit`` writes, for the self-check.
     """
 
     name: ClassVar[str]
@@ -78,6 +79,7 @@ class Target(abc.ABC):
     input_formats: ClassVar[tuple[str, ...]]
     dialect: ClassVar[tuple[Rule, ...]]
     newest_opset: ClassVar[int]
+    runtime: ClassVar[str] = "onnxruntime"
 
     def refuse_weight(self, form: str, where: str) -> None:
         """Raise TargetError if weights of ``form`` cannot be held."""

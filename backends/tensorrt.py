@@ -39,6 +39,7 @@ class TensorRtRtx(Target):
     input_formats: ClassVar[tuple[str, ...]] = ("int8",)
     dialect: ClassVar[tuple[Rule, ...]] = trt_rules.DIALECT
     newest_opset: ClassVar[int] = 25
+    runtime: ClassVar[str] = "tensorrt_rtx"
 
     cc: tuple[int, ...] = ()
 
