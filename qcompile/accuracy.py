@@ -250,7 +250,7 @@ class Evaluation:
     def drop(self, value: float) -> float:
         """How much worse ``value`` is than float; negative if it is better."""
         worse = value - self.in_float
-        return worse if self.metric.lower_is_better else -worse
+        return worse if self.metric.lower_is_better else 0.0 - worse
 
 
 def _rows(

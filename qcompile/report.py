@@ -387,8 +387,13 @@ def _show_accuracy(found: Accuracy, summary: Table) -> None:
         else f" ({found.wanted} at most: " + ("met)" if found.met else "not met)")
     )
     summary.add_row("accuracy", escape(f"{found.words()}{wanted}, {found.samples} samples"))
+    groups: dict[str, list[str]] = {}
     for item in found.given_back:
-        summary.add_row("given back", escape(f"{item.layer}: {item.was} -> {item.now}"))
+        groups.setdefault(f"{item.was} -> {item.now}", []).append(item.layer)
+    for change, names in groups.items():
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        count = "1 layer" if len(names) == 1 else f"{len(names)} layers"
+        summary.add_row("given back", escape(f"{count}, {change} ({shown})"))
     if found.given_back:
         note = "how many layers to give back was decided on this data: judge anew on other data"
         summary.add_row("", f"{note} ({found.evaluations} evaluations, {found.probes} probes)")

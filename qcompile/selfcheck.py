@@ -321,6 +321,9 @@ class _OnnxRuntime:
         self.what = f"{model.name} on ONNX Runtime {runtime.__version__}"
 
     def run(self, feeds: Mapping[str, Array]) -> Arrays:
+        for name in self._inputs:
+            if name not in feeds:
+                raise CheckError(f"the model reads {name!r}, which the check does not hold")
         with _says("ONNX Runtime fails to run the model"):
             found = self._session.run(self._outputs, {name: feeds[name] for name in self._inputs})
         return dict(zip(self._outputs, found, strict=True))
