@@ -123,6 +123,7 @@ class Compiler:
     def run(self, source: Any, out: pathlib.Path) -> list[Compiled]:
         """Compile ``source`` into ``out``. Raises Bug, with a reproducer, for what is our fault."""
         self._part = crash.Part(None, self.text, str(self.targets[0]))
+        self._whole = self.passes  # with what a search has put in front of the lowering
         try:
             with _rare_collections():
                 return self._run(source, out)
@@ -138,7 +139,7 @@ class Compiler:
                 ) from error
             part = self._part
             if isinstance(error, PassBug):
-                rest = pipeline.to_text(self.passes[error.position :])
+                rest = pipeline.to_text(self._whole[error.position :])
                 part = dataclasses.replace(part, model=error.model, passes=rest)
             raise crash.write(error, out, part, self.options.seed) from error
 
@@ -268,12 +269,8 @@ class Compiler:
                 return f"output {output.name!r} has {what} SQNR, {sqnr:g} dB are required"
         kept = found.accuracy
         if kept is not None and kept.met is False:
-            reached = (
-                f"the best that was reached is {kept.words()}"
-                if kept.given_back
-                else (kept.words())
-            )
-            return f"a drop of {kept.wanted} at most is required, {reached}"
+            best = "the best with a layer quantized is " if kept.given_back else ""
+            return f"a drop of {kept.wanted} at most is required, {best}{kept.words()}"
         return ""
 
     def _lower(
@@ -301,6 +298,7 @@ class Compiler:
             if "lowered" in step.produces:
                 decided = model
 
+        self._whole = self.passes
         count = self._evaluation.count if self._evaluation else 0
         found: search.Found | None = None
         done: list[Step] = []
@@ -308,11 +306,13 @@ class Compiler:
             # What is given back stands in front of the lowering, as if the user had written it.
             model, done = self._through(model, passes[:last], context, judge, place, position, keys)
             found = search.meet(model, context, self._evaluation, self.bound)
-            position, keys, passes = position + last, [], [*found.passes, *passes[last:]]
+            front = position + last
+            self._whole = [*self.passes[:front], *found.passes, *self.passes[front:]]
+            position, keys, passes = front, [], self._whole[front:]
         model, steps = self._through(model, passes, context, judge, place, position, keys, before)
         self._part = crash.Part(model, "", str(target), context.calibration)
         self._refuse_float(model)
-        written = self._text_with(found)
+        written = pipeline.to_text(self._whole) if found and found.passes else self.text
         stamp(model, written, target, self.options.seed, context.calibration)
         main = target.emit(model, folder, context.calibration)
         made = Made(name, decided, model, main, written, [*shared, *done, *steps])
@@ -322,13 +322,6 @@ class Compiler:
         command = shlex.join(self.options.data_words(target, written))
         (folder / "pipeline.txt").write_text(f"{command}\n")
         return Compiled(model, finished, folder)
-
-    def _text_with(self, found: search.Found | None) -> str:
-        """The text of the pipeline, with what the search put in front of the lowering."""
-        if found is None or not found.passes:
-            return self.text
-        last = next(i for i, p in enumerate(self.passes) if "lowered" in p.produces)
-        return pipeline.to_text([*self.passes[:last], *found.passes, *self.passes[last:]])
 
     def _context(
         self, calibration: Calibration | None, reference: ir.Model, target: Target

@@ -358,8 +358,8 @@ class _TensorRt:
         if engine is None:  # built for another device or version
             file = "an engine built here from model.onnx"
             with _says("TensorRT cannot build an engine of model.onnx"):
-                plan = _plan(trt, log, out / "model.onnx", profile)
-                engine = self._runtime.deserialize_cuda_engine(plan)
+                built = plan(trt, log, out / "model.onnx", profile)
+                engine = self._runtime.deserialize_cuda_engine(built)
         context: Any = engine.create_execution_context() if engine is not None else None
         if context is None:
             raise CheckError("TensorRT cannot load an engine of model.onnx; it has said why above")
@@ -399,7 +399,7 @@ class _TensorRt:
                 self._cuda.free(place)
 
 
-def _plan(trt: Any, log: Any, model: pathlib.Path, profile: Mapping[str, Any]) -> Any:
+def plan(trt: Any, log: Any, model: pathlib.Path, profile: Mapping[str, Any]) -> Any:
     """The bytes of an engine of the file ``model``."""
     builder = trt.Builder(log)
     flags = trt.NetworkDefinitionCreationFlag
@@ -414,10 +414,10 @@ def _plan(trt: Any, log: Any, model: pathlib.Path, profile: Mapping[str, Any]) -
         for name, bounds in profile.items():
             shapes.set_shape(name, *[tuple(bound) for bound in bounds])
         config.add_optimization_profile(shapes)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
+    built = builder.build_serialized_network(network, config)
+    if built is None:
         raise CheckError("TensorRT cannot build an engine of model.onnx; it has said why above")
-    return plan
+    return built
 
 
 class _Cuda:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_a_function_of_the_user_is_a_metric(
 ) -> None:
     (tmp_path / "own_metrics.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     samples = [{"x": floats([1, 2, 3]), "labels": floats([1, 1, 1])}] * 2
     found = evaluation("own_metrics:error", samples)
     assert (found.in_float, found.metric.lower_is_better) == (6.0, True)

@@ -15,8 +15,6 @@ from typing import Any
 import graphs
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnx.numpy_helper
 import onnx_ir as ir
 import pytest
 from command import Command
@@ -57,15 +55,11 @@ def copy(folder: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
 
 def break_weight(file: pathlib.Path, name: str) -> None:
     """Change one code of the weight ``name`` of ``file`` to the other end of its grid."""
-    model = onnx.load(file)
-    for tensor in model.graph.initializer:
-        if tensor.name == name:
-            codes = onnx.numpy_helper.to_array(tensor).copy()
-            codes.flat[0] = -127 if codes.flat[0] > 0 else 127
-            tensor.CopyFrom(onnx.numpy_helper.from_array(codes, name))
-            onnx.save(model, file)
-            return
-    raise KeyError(name)
+    model = execute.load(file)
+    codes = graphs.weight(model, name).copy()
+    codes.flat[0] = -127 if codes.flat[0] > 0 else 127
+    model.graph.initializers[name].const_value = ir.Tensor(codes, name=name)
+    execute.save(model, file)
 
 
 def changed(file: pathlib.Path, **fields: Any) -> None:
@@ -154,7 +148,7 @@ def test_a_state_is_carried_from_frame_to_frame(tmp_path: pathlib.Path) -> None:
     assert first == ["0.1", "6.1", "12.1", "18.1"]
     # Without the state that flows between them the later frames are others.
     with np.load(out / "check" / "inputs.npz") as arrays:
-        kept = dict(arrays) | {f"{n}.1": np.zeros((1, 4), np.float32) for n in range(24)}
+        kept: Any = dict(arrays) | {f"{n}.1": np.zeros((1, 4), np.float32) for n in range(24)}
     np.savez(out / "check" / "inputs.npz", **kept)
     changed(out / "check" / "check.json", state={})
     assert not selfcheck.check(out).good
@@ -191,10 +185,10 @@ def test_outputs_of_whole_numbers_are_judged_by_how_many_are_equal(tmp_path: pat
     out = compiled(tmp_path / "out", source)
     [verdict] = selfcheck.check(out).verdicts
     assert verdict.whole and verdict.compiled.value == 1.0 and verdict.agrees
-    model = onnx.load(out / "model.onnx")
-    assert model.graph.node[-1].op_type == "ArgMax"
-    model.graph.node[-1].op_type = "ArgMin"
-    onnx.save(model, out / "model.onnx")
+    model = execute.load(out / "model.onnx")
+    assert model.graph[-1].op_type == "ArgMax"
+    model.graph[-1].op_type = "ArgMin"
+    execute.save(model, out / "model.onnx")
     [verdict] = selfcheck.check(out).verdicts
     assert verdict.compiled.value == 0.0 and not verdict.agrees
 
@@ -237,6 +231,19 @@ def test_an_engine_without_a_device_is_said(tmp_path: pathlib.Path, qcompile: Co
         done = qcompile("verify", out)
         assert done.code == 1
         assert "there is no CUDA driver here" in done.err
+
+
+def test_an_engine_is_built_of_the_file_where_none_fits(tmp_path: pathlib.Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    out = compiled(tmp_path / "out", targets=("tensorrt-rtx",))
+    spec = json.loads((out / "check" / "check.json").read_text())
+    assert spec["profile"] == {"x": [[2, 32]] * 3}
+    log = trt.Logger(trt.Logger.ERROR)
+    plan = selfcheck.plan(trt, log, out / "model.onnx", spec["profile"])
+    assert len(bytes(plan)) > 1000
+    (out / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(selfcheck.CheckError):
+        selfcheck.plan(trt, log, out / "model.onnx", {})
 
 
 def test_the_file_of_an_engine_computes_what_the_bundle_expects(tmp_path: pathlib.Path) -> None:
