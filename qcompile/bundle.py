@@ -82,6 +82,7 @@ def write(folder: pathlib.Path, models: Compared, judges: Samples) -> str:
         "schema": selfcheck.SCHEMA_VERSION,
         "runtime": models.runtime,
         "target": models.target,
+        "files": {p.name: selfcheck.digest(p) for p in sorted(folder.glob("*.onnx*"))},
         "inputs": inputs,
         "outputs": [_limits(name, reference, expected, moved) for name in kept],
         "sequences": lengths,

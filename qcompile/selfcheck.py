@@ -4,7 +4,8 @@
 
 Runs the model of OUT on the inputs in OUT/check and compares every output with two things: what the
 compiled model must compute (a simulation of it), and what the float model computed. How far each
-may lie apart was measured when the model was compiled and stands in OUT/check/check.json.
+may lie apart was measured when the model was compiled and stands in OUT/check/check.json, beside a
+hash of the files: a change that is smaller than what devices differ by shows in that alone.
 
 Needs numpy and the runtime alone (onnxruntime; tensorrt or tensorrt_rtx, or their command trtexec),
 no calibration data and no qcompile: this file imports nothing of it, and a copy lies in each check
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -141,17 +143,18 @@ def _shown(value: float, whole: bool) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What ran, and a verdict for each output."""
+    """What ran, a verdict for each output, and the files that are not those that were compiled."""
 
     ran: str
     target: str
     samples: int
     verdicts: tuple[Verdict, ...]
+    changed: tuple[str, ...] = ()
 
     @property
     def good(self) -> bool:
-        """Whether every output is as it was compiled and as good as promised."""
-        return all(v.agrees and v.as_promised for v in self.verdicts)
+        """Whether the files and every output are as compiled, and as good as promised."""
+        return not self.changed and all(v.agrees and v.as_promised for v in self.verdicts)
 
     def lines(self) -> Iterator[str]:
         """What a person reads of it."""
@@ -163,12 +166,13 @@ class Result:
         """The verdict in one sentence."""
         differ = ", ".join(repr(v.output) for v in self.verdicts if not v.agrees)
         worse = ", ".join(repr(v.output) for v in self.verdicts if not v.as_promised)
-        if not differ and not worse:
+        if self.good:
             return "this device computes what was compiled, as well as promised"
-        said = [f"output {differ} is not what was compiled"] if differ else []
+        said = [f"{', '.join(self.changed)} changed since it was compiled"] if self.changed else []
+        said += [f"output {differ} is not what was compiled"] if differ else []
         said += [f"output {worse} is worse than promised"] if worse else []
         if not worse:
-            said.append("but it is as near to float as promised")
+            said.append("what it computes is as near to float as promised")
         return "; ".join(said)
 
 
@@ -210,7 +214,21 @@ def check(folder: pathlib.Path) -> Result:
                 near_float, output["float_limit"],
             )
         )  # fmt: skip
-    return Result(runner.what, spec["target"], len(results), tuple(verdicts))
+    changed = [
+        name
+        for name, known in spec["files"].items()
+        if not (file := place.parent / name).is_file() or digest(file) != known
+    ]
+    return Result(runner.what, spec["target"], len(results), tuple(verdicts), tuple(changed))
+
+
+def digest(file: pathlib.Path) -> str:
+    """The SHA-256 of ``file``."""
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def _missing(folder: pathlib.Path) -> str:

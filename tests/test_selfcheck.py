@@ -89,8 +89,21 @@ def test_one_changed_code_fails_and_names_the_output(
     break_weight(out / "model.onnx", codes)
     done = qcompile("verify", out)
     assert done.code == 3
+    assert "model.onnx changed since it was compiled" in done.err
     assert "output 'logits' is not what was compiled" in done.err
     assert "DIFFERS" in done.out
+
+
+def test_a_change_too_small_for_the_outputs_is_told_by_the_file(tmp_path: pathlib.Path) -> None:
+    out = compiled(tmp_path / "out")
+    model = execute.load(out / "model.onnx")
+    codes = graphs.weight(model, "v/codes").copy()
+    codes.flat[0] += 1 if codes.flat[0] < 0 else -1
+    model.graph.initializers["v/codes"].const_value = ir.Tensor(codes, name="v/codes")
+    execute.save(model, out / "model.onnx")
+    result = selfcheck.check(out)
+    assert all(v.agrees and v.as_promised for v in result.verdicts)
+    assert result.changed == ("model.onnx",) and not result.good
 
 
 def test_only_the_outputs_behind_a_change_fail(tmp_path: pathlib.Path) -> None:
