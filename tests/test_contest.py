@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from command import Command
 
-import qcompile
+import qcompile as qcompile_api
 from qcompile import contest, execute
 from qcompile.models import fashion
 
@@ -26,7 +26,7 @@ def here(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pat
     execute.save(model, tmp_path / "m.onnx")
     samples = graphs.samples(model, 20)
     np.savez(tmp_path / "x.npz", x=np.stack([s["x"] for s in samples]))
-    qcompile.compile(model, tmp_path / "out", calib=samples)
+    qcompile_api.compile(model, tmp_path / "out", calib=samples)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -63,6 +63,30 @@ def test_the_ratio_is_to_the_file_that_is_named(here: pathlib.Path, qcompile: Co
     assert found["vs"] == "m.onnx"
     assert [row["file"] for row in found["rows"]] == ["out"]
     assert found["rows"][0]["ratio"] > 0 and found["null"] > 0
+
+
+def test_packed_weights_are_measured_too(here: pathlib.Path, qcompile: Command) -> None:
+    passes = "quantize{weight=int4 input=float granularity=block},insert-qdq"
+    model = graphs.graph(WIDE)
+    qcompile_api.compile(model, here / "packed", calib=graphs.samples(model, 5), passes=passes)
+    done = qcompile("bench", "m.onnx", "packed", "--rounds", 2, "--json", "b.json")
+    assert done.code == 0
+    first, second = json.loads((here / "b.json").read_text())["rows"]
+    assert second["bytes"] < first["bytes"] / 4
+    assert qcompile("verify", "packed").code == 0
+
+
+def test_what_runs_elsewhere_is_not_measured_here(here: pathlib.Path, qcompile: Command) -> None:
+    (here / "out" / "model.engine").write_bytes(b"engine")
+    done = qcompile("bench", "out")
+    assert done.code == 1
+    assert "'out' holds an engine, which runs on its device" in done.err
+    (here / "out" / "model.engine").unlink()
+    (here / "both").mkdir()
+    (here / "out").rename(here / "both" / "ort-cpu")
+    done = qcompile("bench", "both")
+    assert done.code == 1
+    assert "'both' holds several targets: name one, 'both/ort-cpu'" in done.err
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="no VmHWM")
