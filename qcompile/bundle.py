@@ -9,9 +9,9 @@
 The limits are measured. No device computes bit by bit what another does, and a rounding that flips
 early moves all behind it. So the lowered graph is simulated again with each of its float constants
 (scales, biases, float weights) off by up to the rounding of TF32 and FP16, the coarsest arithmetic
-that a runtime uses for what is not quantized; and it runs once as this runtime optimizes it. The
-largest noise of all these runs, against the simulation and against float, is what is allowed, and
-three standard deviations of a mean of squares over that many elements.
+that a runtime uses for what is not quantized. The SQNR of these runs in dB, against the simulation
+and against float, spreads; the limit is what the next such run misses once in ``1 / MISSED`` times
+(Student's t for a prediction), and lower if this runtime's own optimized run lies below their mean.
 """
 
 from __future__ import annotations
@@ -26,22 +26,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import scipy.special  # pyright: ignore[reportMissingTypeStubs]
 
 from qcompile import selfcheck, sequences
 from qcompile.execute import Session
+from qcompile.selfcheck import Figure
 from qcompile.sequences import Sample, Samples, State
 
 Array = npt.NDArray[Any]
 
 # At most this many sequences, and this many bytes before compression; one frame is always kept.
 SEQUENCES, BYTES = 4, 16 << 20
-# Half a step of the last bit of TF32 and FP16, relative; and how often it is drawn.
-ROUNDING, DRAWS = 2.0**-11, 3
-# A run that differs from the simulation by less than this part of the quantization noise is sound:
+# Half a step of the last bit of TF32 and FP16, relative; how often it is drawn; and the share of
+# such runs that miss a limit.
+ROUNDING, DRAWS, MISSED = 2.0**-11, 6, 0.005
+# A run that differs from the simulation by this much less than float does is sound:
 # 15 dB below it, it changes the SQNR to float by 0.14 dB.
-UNSEEN = 10.0**-1.5
-# No comparison of float32 is nearer than this, relative to the power of the signal.
-FLOAT32 = 1e-12
+UNSEEN_DB = 15.0
+# No comparison of float32 is nearer than this many dB.
+FLOAT32_DB = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +75,10 @@ def write(folder: pathlib.Path, models: Compared, judges: Samples) -> str:
     reference, expected = reference[: len(frames)], expected[: len(frames)]
     # One session at a time: each holds the weights once more.
     moved = [
-        _results(Session(_rounded(models.lowered, draw), optimize=False), frames, state, names)
+        _results(Session(rounded(models.lowered, draw), optimize=False), frames, state, names)
         for draw in range(DRAWS)
     ]
-    if models.actual is not None:
-        moved.append(_results(models.actual, frames, state, names))
+    here = [] if models.actual is None else [_results(models.actual, frames, state, names)]
     inputs = list(dict.fromkeys(name for frame in frames for name in frame))
     spec = {
         "schema": selfcheck.SCHEMA_VERSION,
@@ -84,7 +86,7 @@ def write(folder: pathlib.Path, models: Compared, judges: Samples) -> str:
         "target": models.target,
         "files": {p.name: selfcheck.digest(p) for p in sorted(folder.glob("*.onnx*"))},
         "inputs": inputs,
-        "outputs": [_limits(name, reference, expected, moved) for name in kept],
+        "outputs": [_limits(name, reference, expected, moved, here) for name in kept],
         "sequences": lengths,
         "state": dict(state),
         "profile": _profile(models.reference, frames),
@@ -149,7 +151,7 @@ def _plain(array: Any) -> bool:
     return kind != "" and kind in "iubf"
 
 
-def _rounded(lowered: ir.Model, draw: int) -> ir.Model:
+def rounded(lowered: ir.Model, draw: int) -> ir.Model:
     """``lowered`` with each float constant in memory off by up to ``ROUNDING``, relative."""
     model, rng = lowered.clone(), np.random.default_rng(draw)
     for value in model.graph.initializers.values():
@@ -169,54 +171,51 @@ def _limits(
     reference: Sequence[Mapping[str, Array]],
     expected: Sequence[Mapping[str, Array]],
     moved: Sequence[Sequence[Mapping[str, Array]]],
+    here: Sequence[Sequence[Mapping[str, Array]]],
 ) -> dict[str, Any]:
     """How near output ``name`` must be to what was compiled and to float, measured."""
 
-    def near(wanted: Sequence[Mapping[str, Array]], actual: Sequence[Mapping[str, Array]]) -> Any:
-        return selfcheck.compare([f[name] for f in wanted], [f[name] for f in actual])
+    def near(
+        wanted: Sequence[Mapping[str, Array]], runs: Sequence[Sequence[Mapping[str, Array]]]
+    ) -> list[Figure]:
+        pairs = ([f[name] for f in wanted], [[f[name] for f in run] for run in runs])
+        return [selfcheck.compare(pairs[0], run) for run in pairs[1]]
 
     whole = reference[0][name].dtype.kind in "iub"
-    promised = near(reference, expected)
-    apart = [near(expected, run) for run in moved]
-    floats = [promised, *(near(reference, run) for run in moved)]
-    unseen = UNSEEN * _noise(promised.value)
     limit = _share if whole else _sqnr
+    [promised] = near(reference, [expected])
+    compiled = limit(near(expected, moved), near(expected, here))
+    if compiled is not None and not whole and math.isfinite(promised.value):
+        compiled = min(compiled, promised.value + UNSEEN_DB)
     return {
         "name": name,
         "whole": whole,
-        "promised": _finite(promised.value),
-        "compiled_limit": limit(apart, 0.0 if whole else unseen),
-        "float_limit": limit(floats, 0.0),
+        "promised": promised.value if math.isfinite(promised.value) else None,
+        "compiled_limit": compiled,
+        "float_limit": limit(near(reference, moved), [promised, *near(reference, here)]),
     }
 
 
-def _noise(decibels: float) -> float:
-    """The noise of an SQNR relative to the signal; NaN stays NaN."""
-    return 10.0 ** (-decibels / 10.0)
-
-
-def _sqnr(figures: Sequence[selfcheck.Figure], least: float) -> float | None:
-    """The SQNR in dB that a sound run reaches, of the runs that ``figures`` are of."""
-    noises = [_noise(figure.value) for figure in figures]
-    if not np.isfinite(noises).all() or not math.isfinite(least):
+def _sqnr(draws: Sequence[Figure], others: Sequence[Figure]) -> float | None:
+    """The SQNR in dB that a sound run reaches; None if one of the runs was not finite."""
+    values = [min(figure.value, FLOAT32_DB) for figure in draws]
+    known = [min(figure.value, FLOAT32_DB) for figure in others]
+    if not np.isfinite([*values, *known]).all():
         return None
-    count = min(figure.count for figure in figures)
-    # The mean of n squares of a normal number has the relative deviation sqrt(2 / n).
-    allowed = max(*noises, least, FLOAT32) * (1.0 + 3.0 * math.sqrt(2.0 / count))
-    return -10.0 * math.log10(allowed)
+    count = len(values)
+    library: Any = scipy.special  # untyped
+    student = float(library.stdtrit(count - 1, 1.0 - MISSED)) * math.sqrt(1.0 + 1.0 / count)
+    return min([float(np.mean(values)), *known]) - student * float(np.std(values, ddof=1))
 
 
-def _share(figures: Sequence[selfcheck.Figure], _: float) -> float | None:
+def _share(draws: Sequence[Figure], others: Sequence[Figure]) -> float | None:
     """The share of equal elements that a sound run reaches (Laplace's estimate, three sigma)."""
+    figures = [*draws, *others]
     if any(math.isnan(figure.value) for figure in figures):
         return None
     worst = min(figures, key=lambda figure: figure.value)
     share = (worst.value * worst.count + 1.0) / (worst.count + 2.0)
     return max(share - 3.0 * math.sqrt(share * (1.0 - share) / worst.count), 0.0)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _profile(model: ir.Model, frames: Sequence[Sample]) -> dict[str, list[list[int]]]:

@@ -187,9 +187,20 @@ def test_a_limit_is_below_what_a_sound_run_reaches_and_above_a_random_one(
     out = compiled(tmp_path / "out")
     for verdict in selfcheck.check(out).verdicts:
         assert verdict.compiled_limit is not None and verdict.float_limit is not None
-        # Noise that no rounding explains lies above the quantization noise at least.
-        assert 10 < verdict.float_limit < verdict.float.value + 1e-6
-        assert verdict.float_limit - 3 < verdict.compiled_limit < verdict.compiled.value
+        assert 20 < verdict.float_limit < verdict.float.value
+        assert 20 < verdict.compiled_limit < verdict.compiled.value
+
+
+def test_a_device_of_coarser_arithmetic_passes(tmp_path: pathlib.Path) -> None:
+    out = compiled(tmp_path / "out")
+    model = execute.load(out / "model.onnx")
+    passed = 0
+    for draw in range(100, 120):  # other draws than those that the limits were measured on
+        execute.save(bundle.rounded(model, draw), out / "model.onnx")
+        verdicts = selfcheck.check(out).verdicts
+        passed += all(v.agrees and v.as_promised for v in verdicts)
+    # Two outputs against two things each, and one run in 200 misses: three of 20 is one in 10,000.
+    assert passed >= 18
 
 
 def test_outputs_of_whole_numbers_are_judged_by_how_many_are_equal(tmp_path: pathlib.Path) -> None:
@@ -315,7 +326,7 @@ def test_rounding_moves_floats_alone_and_little() -> None:
     model.graph.register_initializer(
         ir.Value(name="k", const_value=ir.Tensor(np.arange(3), name="k"))
     )
-    moved = bundle._rounded(model, 0)  # pyright: ignore[reportPrivateUsage]
+    moved = bundle.rounded(model, 0)
     np.testing.assert_array_equal(graphs.weight(moved, "k"), [0, 1, 2])
     before, after = graphs.weight(model, "w"), graphs.weight(moved, "w")
     off = np.abs(after / before - 1)
