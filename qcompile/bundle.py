@@ -205,7 +205,11 @@ def _sqnr(draws: Sequence[Figure], others: Sequence[Figure]) -> float | None:
     count = len(values)
     library: Any = scipy.special  # untyped
     student = float(library.stdtrit(count - 1, 1.0 - MISSED)) * math.sqrt(1.0 + 1.0 / count)
-    return min([float(np.mean(values)), *known]) - student * float(np.std(values, ddof=1))
+    # The power of n independent numbers has the relative deviation sqrt(2 / n), and what depends on
+    # each other a larger one: the least spread, where few draws happen to lie near each other.
+    least = 10.0 / math.log(10.0) * math.sqrt(2.0 / min(figure.count for figure in draws))
+    spread = max(float(np.std(values, ddof=1)), least)
+    return min([float(np.mean(values)), *known]) - student * spread
 
 
 def _share(draws: Sequence[Figure], others: Sequence[Figure]) -> float | None:
