@@ -73,6 +73,7 @@ class Target(abc.ABC):
     * ``float_formats``: half floats that the runtime computes in, or reads at least.
     * ``newest_opset``: the highest that the runtime reads.
     * ``runs_here``: whether what is written is run here, by ONNX Runtime.
+    * ``module``: the Python package that runs what ``emit`` writes, for the self-check.
     """
 
     name: ClassVar[str]
@@ -82,6 +83,7 @@ class Target(abc.ABC):
     newest_opset: ClassVar[int]
     float_formats: ClassVar[tuple[str, ...]] = ()
     runs_here: ClassVar[bool] = False
+    module: ClassVar[str] = "onnxruntime"
 
     def refuse_weight(self, form: str, where: str) -> None:
         """Raise TargetError if weights of ``form`` cannot be held."""

@@ -141,6 +141,7 @@ def _bias_can_move(layer: Layer) -> bool:
 
 def _add_to_bias(low: Lowering, layer: Layer, middle: float) -> None:
     assert layer.weight.spec is not None
+    kind = layer.weight.value.dtype or ir.DataType.FLOAT
     weight = decisions.rounded(low.model, layer.weight.value, layer.weight.spec)
     moved = middle * weight.astype(np.float64).sum(axis=layer.reduce_axis)
     if layer.bias is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from qcompile.compiler import Compiled, Options, compile, diff, load
+from qcompile.compiler import Compiled, compile, diff, load
+from qcompile.options import Options
 
 __all__ = ["Compiled", "Options", "compile", "diff", "load"]
 __version__ = importlib.metadata.version("qcompile")

@@ -22,8 +22,15 @@ Array = npt.NDArray[Any]
 Frame = Mapping[str, Any]
 
 
+# The array of the answers that samples have beside their inputs, where they are judged by labels.
+LABELS = "labels"
+
+
 def read(
-    path: pathlib.Path, inputs: Sequence[Port], state: Collection[str]
+    path: pathlib.Path,
+    inputs: Sequence[Port],
+    state: Collection[str],
+    labelled: bool = False,
 ) -> Iterator[Frame | Iterable[Frame]]:
     """The samples of an archive, or its sequences of frames.
 
@@ -37,7 +44,8 @@ def read(
     * the shape ``[sequences, frames, *S]``. Beside it, ``[sequences, *S]`` is one array a sequence.
 
     Samples are the frames of one sequence if ``state`` names inputs; what the archive has of those
-    is the state of the first frame.
+    is the state of the first frame. If ``labelled``, an array ``labels`` that is no input is cut
+    into as many parts as there are samples (``[sequences, frames, ...]`` if there are sequences).
 
     Raises CalibrationError if the archive cannot be read or does not fit.
     """
@@ -46,14 +54,16 @@ def read(
         if not arrays:
             raise CalibrationError(f"{str(path)!r} holds no arrays")
         known = [port for port in inputs if port.name in arrays]
+        beside = [LABELS] if labelled and LABELS not in (p.name for p in inputs) else []
         if len(known) < len(arrays):
-            check_names(arrays, inputs, str(path), optional=state)
+            check_names(set(arrays) - {*beside}, inputs, str(path), optional=state)
+        beside = [name for name in beside if name in arrays]
         depths = {port.name: _depth(arrays[port.name].shape, port) for port in known}
         deepest = max(depths.values())
         if deepest == 2:
-            yield from _sequences(arrays, depths, state, path)
+            yield from _sequences(arrays, depths, state, path, beside)
         else:
-            yield from _samples(arrays, known, depths, state, path)
+            yield from _samples(arrays, known, depths, state, path, beside)
 
 
 class _Stored:
@@ -114,14 +124,22 @@ def _sequences(
     depths: Mapping[str, int],
     state: Collection[str],
     path: pathlib.Path,
+    beside: Sequence[str],
 ) -> Iterator[Iterable[Frame]]:
     """The sequences of arrays of which some are ``[sequences, frames, ...]``."""
     count = _one("sequences", {n: arrays[n].shape[0] for n, d in depths.items() if d}, path)
     frames = _one("frames", {n: arrays[n].shape[1] for n, d in depths.items() if d == 2}, path)
+    for name in beside:
+        if arrays[name].shape[:2] != (count, frames):
+            raise CalibrationError(
+                f"array {name!r} of {str(path)!r} has shape {list(arrays[name].shape)}, which "
+                f"does not begin with {count} sequences of {frames} frames"
+            )
     constants = {n: arrays[n].read(arrays[n].shape) for n, d in depths.items() if d == 0}
     for _ in range(count):
         once = {n: arrays[n].read(arrays[n].shape[1:]) for n, d in depths.items() if d == 1}
         each = {n: arrays[n].shape[2:] for n, d in depths.items() if d == 2}
+        each |= {n: arrays[n].shape[2:] for n in beside}
         yield _frames(constants | once, arrays, each, frames, state, path)
 
 
@@ -131,6 +149,7 @@ def _samples(
     depths: Mapping[str, int],
     state: Collection[str],
     path: pathlib.Path,
+    beside: Sequence[str],
 ) -> Iterator[Frame | Iterable[Frame]]:
     """The samples of arrays with one leading axis or none; one sequence if there is state."""
     counts: dict[str, int] = {}
@@ -145,6 +164,14 @@ def _samples(
             if port.name not in state and (several := shape[0] // batch) > 1:
                 counts[port.name], each[port.name] = several, (batch, *shape[1:])
     count = _one("samples", counts, path) if counts else 1
+    for name in beside:
+        shape = arrays[name].shape
+        if not shape or shape[0] == 0 or shape[0] % count:
+            raise CalibrationError(
+                f"array {name!r} of {str(path)!r} has shape {list(shape)}, which cannot be cut "
+                f"into {count} samples"
+            )
+        each[name] = shape[0] // count, *shape[1:]
     held = {n: arrays[n].read(arrays[n].shape) for n in depths if n not in each}
     frames = _frames(held, arrays, each, count, state, path)
     if state:

@@ -1,4 +1,4 @@
-"""Latency of two models as a ratio, measured interleaved in one process."""
+"""Latency of models as a ratio, measured interleaved in one process."""
 
 from __future__ import annotations
 
@@ -35,23 +35,11 @@ def interleaved(
     samples: Sequence[Sample],
     rounds: int = 60,
 ) -> Latency:
-    """Run the three sessions in turn ``rounds`` times (after a warm-up) and compare.
-
-    In its turn each session runs twice and the second run counts: on a device a model runs again
-    and again, and does not find the caches as another model left them.
+    """Run the three sessions in turn ``rounds`` times and compare.
 
     ``again`` is a second session of the float model, for the null.
     """
-    timed = [_Timed(session) for session in (float_model, compiled, again)]
-    state = Samples.of(samples).state
-    runs = [
-        sequences.carry(each, (samples[i % len(samples)] for i in itertools.count()), state)
-        for each in timed
-    ]
-    for _ in range(rounds + 3):
-        for run in runs:
-            next(run)
-    times = [each.times[3:] for each in timed]
+    times = in_turn([float_model, compiled, again], [samples] * 3, rounds)
     base, quantized, null = (statistics.median(t) for t in times)
     return Latency(
         float_ms=base * 1e3,
@@ -61,6 +49,26 @@ def interleaved(
         null=null / base,
         rounds=rounds,
     )
+
+
+def in_turn(
+    models: Sequence[Session], samples: Sequence[Sequence[Sample]], rounds: int
+) -> list[list[float]]:
+    """The seconds of ``rounds`` runs of each of ``models`` on its ``samples``, behind three more.
+
+    They take turns, so that what slows the machine down slows all of them. In its turn each runs
+    twice and the second run counts: on a device a model runs again and again, and does not find the
+    caches as another model left them.
+    """
+    timed = [_Timed(session) for session in models]
+    runs = [
+        sequences.carry(each, itertools.cycle(read), Samples.of(read).state)
+        for each, read in zip(timed, samples, strict=True)
+    ]
+    for _ in range(rounds + 3):
+        for run in runs:
+            next(run)
+    return [each.times[3:] for each in timed]
 
 
 class _Timed:

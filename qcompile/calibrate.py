@@ -189,7 +189,9 @@ class Calibration:
         plain = halves.rounded(model)
         session = execute.Session(sequences.fetch(plain, values, self.state))
         found = dict.fromkeys(values, Magnitude(0.0, np.inf, ()))
-        for _, results in sequences.carry(session, self._swept("magnitudes"), self.state, values):
+        for _, results in sequences.carry(
+            session, self._swept("magnitudes", self.samples), self.state, values
+        ):
             for name, array in results.items():
                 sizes, before = np.abs(array[np.isfinite(array)]), found[name]
                 largest = max(before.largest, float(sizes.max(initial=0.0)))

@@ -16,8 +16,9 @@ import rich.progress
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
-from qcompile import __version__, compiler, crash, explain, registry, report
+from qcompile import __version__, compiler, contest, crash, explain, registry, report, selfcheck
 from qcompile.errors import Bug, QCompileError, RequirementError
+from qcompile.options import Options, script
 
 app = App(
     name="qcompile",
@@ -46,6 +47,11 @@ def compile_command(
     seed: int = 0,
     jobs: int = 1,
     require_fused: float | None = None,
+    min_sqnr: float | None = None,
+    eval: str | None = None,
+    metric: str | None = None,
+    max_drop: str | None = None,
+    save_command: pathlib.Path | None = None,
     latency: bool = False,
     requantize: bool = False,
     resume: bool = False,
@@ -64,7 +70,8 @@ def compile_command(
     model
         An .onnx file, or package.module:factory for a torch module with example inputs.
     out
-        The folder to write: model.onnx or model.engine, report.json, pipeline.txt.
+        The folder to write: model.onnx or model.engine, report.json, pipeline.txt, and check/ for
+        `qcompile verify`.
     passes
         Pipeline text, or @recipe; see `qcompile passes`.
     target
@@ -89,6 +96,19 @@ def compile_command(
         Worker processes for independent layers; the result does not depend on it.
     require_fused
         Exit with 3 unless this percentage of the MACs runs in integers, by proof.
+    min_sqnr
+        Exit with 3 unless every output has this SQNR against float, in dB, on the judge samples.
+    eval
+        Your own data to judge by, read as --calib is; samples may hold an array 'labels' beside
+        the inputs (images: the folder that each lies in).
+    metric
+        What is measured on it: top1, cosine, sqnr, perplexity, or package.module:function of
+        (sample, outputs) pairs.
+    max_drop
+        How much worse than float it may be: 1% of the metric in float, or 0.5 in its units. Layers
+        are given back to more bits or float until it is met; exit with 3 if it cannot be.
+    save_command
+        A shell script to write, with the command that does this again.
     latency
         Measure latency against float, interleaved, one thread (ort-cpu).
     requantize
@@ -110,26 +130,94 @@ def compile_command(
     verbose
         Show every layer, not only those that stay float.
     """
-    options = compiler.Options(
+    options = Options(
         passes=passes, targets=target, calib=calib, preprocess=preprocess, state=state, mask=mask,
         shape=shape, seed=seed, jobs=jobs, allow_float=allow_float,
         check_numerics=check_numerics, verify=verify, print_after=print_after,
         print_changes=print_changes, snapshots=snapshots, latency=latency,
-        require_fused=require_fused, requantize=requantize, resume=resume,
+        require_fused=require_fused, min_sqnr=min_sqnr, eval=eval, metric=metric,
+        max_drop=max_drop, requantize=requantize, resume=resume,
         log=_log, progress=_progress,
     )  # fmt: skip
+    missed: RequirementError | None = None
     try:
         results = compiler.Compiler(options).run(model, out)
     except RequirementError as error:
-        _show(error.results, verbose)
-        raise
+        results, missed = error.results, error
     _show(results, verbose)
+    if save_command is not None:
+        _write(save_command, script(model, out, options))
+        save_command.chmod(0o755)
+    if missed is not None:
+        raise missed
 
 
 def _show(results: Iterable[compiler.Compiled], verbose: bool) -> None:
     for result in results:
         report.show(result.report, _out, verbose)
         _out.print(f"wrote {result.folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise QCompileError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    _out.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(name="verify")
+def verify_command(folder: pathlib.Path) -> None:
+    """Run a compiled model on its self-check, on the device; exit 0 if it is sound, 3 if not.
+
+    Needs no calibration data. Without qcompile, python FOLDER/check/verify.py does the same.
+
+    Parameters
+    ----------
+    folder
+        What qcompile wrote, for one target.
+    """
+    try:
+        result = selfcheck.check(folder)
+    except selfcheck.CheckError as error:
+        raise QCompileError(str(error)) from error
+    for line in result.lines():
+        _out.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not result.good:
+        raise RequirementError(result.summary(), [])
+    _out.print(result.summary(), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(name="bench")
+def bench_command(
+    *files: pathlib.Path,
+    vs: pathlib.Path | None = None,
+    data: str | None = None,
+    rounds: int = contest.ROUNDS,
+    threads: int = 1,
+    json: pathlib.Path | None = None,
+) -> None:
+    """Measure files against each other on ONNX Runtime's CPU: latency, size, peak memory.
+
+    Parameters
+    ----------
+    files
+        .onnx files, or folders that qcompile wrote.
+    vs
+        The file that the ratios are to; the first of FILES if left out.
+    data
+        Inputs, read as --calib is; noise if left out.
+    rounds
+        Timed runs of each file; the files take turns.
+    threads
+        Threads inside an operator.
+    json
+        A file to write the figures to.
+    """
+    found = contest.run(files, vs, data, rounds, threads)
+    contest.show(found, _out)
+    if json is not None:
+        _write(json, found.to_json())
 
 
 @app.command(name="diff")

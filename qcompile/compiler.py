@@ -11,13 +11,13 @@ import math
 import os
 import pathlib
 import shlex
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import onnx_ir as ir
 
 from qcompile import (
-    bench,
+    accuracy,
     capture,
     checkpoints,
     crash,
@@ -26,18 +26,20 @@ from qcompile import (
     graph,
     halves,
     images,
+    measure,
     opset,
     pipeline,
     ports,
     recipes,
     registry,
     report,
+    search,
     simulate,
     sources,
-    syntax,
     text,
     verify,
 )
+from qcompile.accuracy import Bound, Evaluation
 from qcompile.backends.base import Target
 from qcompile.calibrate import Calibration
 from qcompile.errors import (
@@ -50,58 +52,10 @@ from qcompile.errors import (
     TargetError,
 )
 from qcompile.images import Image
+from qcompile.measure import Judged, Made
+from qcompile.options import Options, parse_target
 from qcompile.pipeline import Context, Pass, Step, Watch
 from qcompile.report import Report
-
-# Below this the compiled model is hardly the same model; the report says so in red.
-POOR_DB = 10.0
-# How far the SQNR of the optimized run may lie from that of the simulation. Their outputs differ by
-# more (a rounding that flips early makes the roundings behind it independent), their distance to
-# float does not: a sound file moves by at most 0.25 dB.
-SIMULATION_MARGIN_DB = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How to compile; every field is an option of the command line.
-
-    * ``passes``: pipeline text or ``@recipe``; ``targets``: target texts.
-    * ``calib``: a source (see sources.load) or an iterable of samples or sequences.
-    * ``preprocess``: what makes images samples (see images.Image), as text; ``state``: pairs
-      ``INPUT=OUTPUT,...`` that flow from frame to frame; ``mask``: the input that says which
-      positions count; ``shape``: texts ``INPUT=1x3x224x224`` that fix dynamic dimensions of random
-      data, images and profiles.
-    * ``allow_float``: accept a result in which nothing is quantized.
-    * ``print_after``: pass names (or ``all``) after which the graph is printed;
-      ``print_changes``: print the changed lines of every pass; ``snapshots``: a folder for the
-      graph after each pass.
-    * ``require_fused``: percentage of the MACs that must run below float precision, by proof.
-    * ``latency``: measure latency against float, interleaved (``ort-cpu`` only).
-    * ``requantize``: take the Q/DQ of a model away that is quantized already.
-    * ``resume``: keep the state after every pass, and go on from what a killed run left.
-    """
-
-    passes: str = "@int8"
-    targets: tuple[str, ...] = ("ort-cpu",)
-    calib: str | os.PathLike[str] | Iterable[Any] | None = None
-    preprocess: str | None = None
-    state: str | None = None
-    mask: str | None = None
-    shape: tuple[str, ...] = ()
-    seed: int = 0
-    jobs: int = 1
-    allow_float: bool = False
-    require_fused: float | None = None
-    check_numerics: bool = False
-    verify: bool = True
-    print_after: tuple[str, ...] = ()
-    print_changes: bool = False
-    snapshots: pathlib.Path | None = None
-    latency: bool = False
-    requantize: bool = False
-    resume: bool = False
-    log: Callable[[str], None] = pipeline.silent
-    progress: Callable[..., Iterable[Any]] = pipeline.no_progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +79,7 @@ def compile(
         options: the fields of Options.
 
     Returns the results in the order of the targets. Raises RequirementError, with the results, if
-    one misses ``require_fused``, and QCompileError for what the user can put right; nothing is
+    one misses a requirement, and QCompileError for what the user can put right; nothing is
     written then. Raises Bug for anything else, with a reproducer beside ``out``.
     """
     return Compiler(Options(**options)).run(source, pathlib.Path(out))
@@ -142,17 +96,12 @@ class Compiler:
     """One run: everything that can be checked is checked before the model is read."""
 
     def __init__(self, options: Options) -> None:
-        least = options.require_fused
-        if least is not None and not 0 <= least <= 100:
-            raise QCompileError(f"--require-fused is a percentage from 0 to 100, got {least:g}")
+        options.check()
         self.options = options
         self.image = None if options.preprocess is None else images.parse(options.preprocess)
         self.state = None if options.state is None else ports.parse_state(options.state)
-        for what in ("state", "mask"):
-            if getattr(options, what) is not None and options.calib is None:
-                raise CalibrationError(f"--{what} says how to read calibration data: give --calib")
-        if options.jobs < 1:
-            raise QCompileError(f"--jobs is a number of processes, from 1; got {options.jobs}")
+        self.metric = None if options.metric is None else accuracy.parse(options.metric)
+        self.bound = None if options.max_drop is None else Bound.parse(options.max_drop)
         self._findings: list[str] = []
         self.text = recipes.expand(options.passes)
         self.passes = pipeline.parse(self.text, registry.passes())
@@ -177,6 +126,7 @@ class Compiler:
     def run(self, source: Any, out: pathlib.Path) -> list[Compiled]:
         """Compile ``source`` into ``out``. Raises Bug, with a reproducer, for what is our fault."""
         self._part = crash.Part(None, self.text, str(self.targets[0]))
+        self._whole = self.passes  # with what a search has put in front of the lowering
         try:
             with _rare_collections():
                 return self._run(source, out)
@@ -192,7 +142,7 @@ class Compiler:
                 ) from error
             part = self._part
             if isinstance(error, PassBug):
-                rest = pipeline.to_text(self.passes[error.position :])
+                rest = pipeline.to_text(self._whole[error.position :])
                 part = dataclasses.replace(part, model=error.model, passes=rest)
             raise crash.write(error, out, part, self.options.seed) from error
 
@@ -213,6 +163,7 @@ class Compiler:
         self._part = crash.Part(reference, self.text, str(self.targets[0]), calibration)
         judge = simulate.Judge(reference, calibration.judges) if calibration else None
         self._check_conversion(source, reference, judge)
+        self._evaluation = self._evaluated(model, image, reference)
         shared, forked = pipeline.fork(self.passes)
         context = self._context(calibration, reference, self.targets[0])
         self._states = checkpoints.Checkpoints(self.options.resume, self.options.log)
@@ -301,15 +252,29 @@ class Compiler:
 
     def _require(self, results: Sequence[Compiled]) -> None:
         """Raise RequirementError for the first result that misses a requirement."""
-        least = self.options.require_fused
         for result in results:
-            reached = result.report.fused() * 100
-            if least is not None and reached < least:
-                raise RequirementError(
-                    f"{result.report.target}: {reached:.1f} % of the MACs run in integers, "
-                    f"{least:g} % are required",
-                    results,
-                )
+            missed = self._missed(result.report)
+            if missed:
+                raise RequirementError(f"{result.report.target}: {missed}", results)
+
+    def _missed(self, found: Report) -> str:
+        """The first requirement that a result misses, in words; "" if there is none."""
+        fused, sqnr = self.options.require_fused, self.options.min_sqnr
+        if fused is not None and found.fused() * 100 < fused:
+            return (
+                f"{found.fused() * 100:.1f} % of the MACs run in integers, {fused:g} % are required"
+            )
+        if sqnr is not None and not found.outputs:
+            return f"no output holds floats, {sqnr:g} dB of SQNR are required"
+        for output in found.outputs:
+            if sqnr is not None and not output.sqnr >= sqnr:  # NaN misses it
+                what = "no" if math.isnan(output.sqnr) else f"{output.sqnr:.1f} dB of"
+                return f"output {output.name!r} has {what} SQNR, {sqnr:g} dB are required"
+        kept = found.accuracy
+        if kept is not None and kept.met is False:
+            best = "the best with a layer quantized is " if kept.given_back else ""
+            return f"a drop of {kept.wanted} at most is required, {best}{kept.words()}"
+        return ""
 
     def _lower(
         self,
@@ -336,92 +301,32 @@ class Compiler:
             if "lowered" in step.produces:
                 decided = model
 
+        self._whole = self.passes
+        count = self._evaluation.count if self._evaluation else 0
+        found: search.Found | None = None
+        done: list[Step] = []
+        if self._evaluation is not None and self.bound is not None and last < len(passes):
+            # What is given back stands in front of the lowering, as if the user had written it.
+            model, done = self._through(model, passes[:last], context, judge, place, position, keys)
+            found = search.meet(model, context, self._evaluation, self.bound)
+            front = position + last
+            self._whole = [*self.passes[:front], *found.passes, *self.passes[front:]]
+            position, keys, passes = front, [], self._whole[front:]
         model, steps = self._through(model, passes, context, judge, place, position, keys, before)
         if "lowered" not in self._promised:
             decided = model
         self._part = crash.Part(model, "", str(target), context.calibration)
         self._refuse_float(model)
-        assert context.reference is not None
-        stamp(model, self.text, target, self.options.seed, context.calibration)
+        written = pipeline.to_text(self._whole) if found and found.passes else self.text
+        stamp(model, written, target, self.options.seed, context.calibration)
         main = target.emit(model, folder, context.calibration)
-        finished = self._report(
-            name, context, target, decided, model, main, [*shared, *steps], judge
-        )
+        made = Made(name, decided, model, main, written, [*shared, *done, *steps])
+        judged = Judged(judge, self._evaluation, self.bound, found, count)
+        finished = measure.report_of(made, context, judged, self._findings, self.options.latency)
         (folder / "report.json").write_text(finished.to_json())
-        (folder / "pipeline.txt").write_text(self._command(target))
+        command = shlex.join(self.options.data_words(target, written))
+        (folder / "pipeline.txt").write_text(f"{command}\n")
         return Compiled(model, finished, folder)
-
-    def _command(self, target: Target) -> str:
-        """The options that make the same file of the same model and data."""
-        options, words = self.options, ["--passes", self.text, "--target", str(target)]
-        for what in ("preprocess", "state", "mask"):
-            given: str | None = getattr(options, what)
-            words += [] if given is None else [f"--{what}", given]
-        for given in options.shape:
-            words += ["--shape", given]
-        return shlex.join(words) + "\n"
-
-    def _report(
-        self,
-        name: str,
-        context: Context,
-        target: Target,
-        decided: ir.Model,
-        lowered: ir.Model,
-        main: pathlib.Path,
-        steps: Sequence[Step],
-        judge: simulate.Judge | None,
-    ) -> Report:
-        calibration, reference = context.calibration, context.reference
-        assert reference is not None
-        proof = target.prove(lowered, main.parent)
-        shapes = calibration.shapes(reference) if calibration else {}
-        values = [layer.biased_output.name or "" for layer in graph.layers(decided)]
-        computed = target.computed(lowered)
-        sqnr = simulate.layer_sqnr(reference, computed, values, judge.samples[:4]) if judge else {}
-        rows = report.layer_reports(reference, decided, lowered, proof, shapes, sqnr)
-        size = report.Size(execute.weight_bytes(reference), _bytes_of(main))
-        outputs: list[report.Output] = []
-        apart: float | None = None
-        latency: bench.Latency | None = None
-        if judge is not None:
-            simulated = simulate.Session(computed, optimize=False)
-            runs_here = target.runs_here
-            actual = execute.Session(main) if runs_here else simulated
-            found, cosine = judge.sqnr(actual), judge.cosine(actual)
-            expected = judge.sqnr(simulated) if runs_here else found
-            uneven = judge.uneven(actual)
-            nan = math.nan
-            outputs = [
-                report.Output(
-                    n, found.get(n, nan), expected.get(n, nan), cosine.get(n, nan), uneven[n]
-                )
-                for n in judge.outputs
-            ]
-            if runs_here:
-                apart = min(judge.between(simulated, actual).values(), default=math.inf)
-            if self.options.latency and runs_here:
-                floats = [execute.Session(reference, threads=1) for _ in range(2)]
-                compiled = execute.Session(main, threads=1)
-                latency = bench.interleaved(floats[0], floats[1], compiled, judge.samples)
-        warnings = _warnings(calibration, outputs, size, latency)
-        return Report(
-            model=name,
-            pipeline=self.text,
-            target=str(target),
-            seed=self.options.seed,
-            versions=report.versions(),
-            data=_data_report(calibration) if calibration else None,
-            passes=tuple(steps),
-            layers=tuple(rows),
-            outputs=tuple(outputs),
-            left_alone=tuple(report.left_alone(reference, rows)),
-            share=report.shares(rows),
-            size=size,
-            latency=latency,
-            simulated_against_run=apart,
-            warnings=(*self._findings, *target.notes(lowered, main.parent), *warnings),
-        )
 
     def _context(
         self, calibration: Calibration | None, reference: ir.Model, target: Target
@@ -457,6 +362,21 @@ class Compiler:
             preprocess=image, state=self.state, outputs=outputs, log=options.log,
         )  # fmt: skip
         return Calibration(data, options.progress, options.mask)
+
+    def _evaluated(
+        self, model: ir.Model, image: Image | None, reference: ir.Model
+    ) -> Evaluation | None:
+        """The user's metric on the user's data, measured in float; None if none is asked for."""
+        options = self.options
+        if options.eval is None or self.metric is None:
+            return None
+        pictures = isinstance(options.eval, str | os.PathLike) and os.path.isdir(options.eval)
+        data = sources.load(
+            options.eval, ports.inputs_of(model), options.seed,
+            preprocess=image if pictures else None, state=self.state,
+            outputs=ports.outputs_of(model), log=options.log, labelled=True,
+        )  # fmt: skip
+        return Evaluation(self.metric, reference, data, options.mask)
 
     def _watch(
         self,
@@ -542,14 +462,6 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], weights: bool = F
     return text.changes(text.render(load(a), weights), text.render(load(b), weights))
 
 
-def parse_target(source: str) -> Target:
-    """The target that ``source`` names, as in ``tensorrt-rtx{cc=89,120}``."""
-    items = syntax.items(source)
-    if len(items) > 1:
-        raise QCompileError(f"{source!r} names several targets; give --target once for each")
-    return syntax.build(items[0], registry.targets(), "target", source)
-
-
 def stamp(
     model: ir.Model, passes: str, target: Target, seed: int, calibration: Calibration | None
 ) -> None:
@@ -565,61 +477,6 @@ def stamp(
         },
         sort_keys=True,
     )
-
-
-def _warnings(
-    calibration: Calibration | None,
-    outputs: Sequence[report.Output],
-    size: report.Size,
-    latency: bench.Latency | None,
-) -> list[str]:
-    found: list[str] = []
-    if calibration is not None and calibration.data.random:
-        found.append("calibrated on random noise: ranges and accuracy say nothing about your data")
-    if calibration is not None and not calibration.apart:
-        what = "sequences" if calibration.state else "samples"
-        found.append(f"too few {what} to keep any apart: accuracy is on the calibration samples")
-    for output in outputs:
-        if output.uneven:
-            found.append(
-                f"output {output.name!r} has another size than in float for {output.uneven} "
-                "samples, which its figures leave out"
-            )
-        if math.isnan(output.sqnr):
-            if not output.uneven:
-                found.append(f"output {output.name!r} is not finite: its accuracy is unknown")
-            continue
-        if not output.sqnr >= POOR_DB:
-            found.append(f"output {output.name!r} has only {output.sqnr:.1f} dB of SQNR")
-        moved = output.sqnr != output.simulated  # equal infinities have no difference
-        if moved and not abs(output.sqnr - output.simulated) <= SIMULATION_MARGIN_DB:
-            found.append(
-                f"output {output.name!r} has {output.sqnr:.1f} dB as the runtime optimizes it and "
-                f"{output.simulated:.1f} dB without: the runtime changes the result"
-            )
-    if size.compiled_bytes >= size.float_bytes:
-        found.append("the file did not shrink: it has more bytes than the weights in float")
-    if latency is not None and latency.ratio > 1.0:
-        found.append(f"the compiled model is slower than float: {latency.ratio:.2f}")
-    return found
-
-
-def _data_report(calibration: Calibration) -> report.DataReport:
-    return report.DataReport(
-        source=calibration.data.source,
-        digest=calibration.data.digest,
-        samples=len(calibration.samples),
-        judged=len(calibration.judges),
-        judged_apart=calibration.apart,
-        random=calibration.data.random,
-        sequences=calibration.data.samples.sequences,
-        state=dict(calibration.state),
-        mask=calibration.mask,
-    )
-
-
-def _bytes_of(main: pathlib.Path) -> int:
-    return sum(p.stat().st_size for p in main.parent.glob(f"{main.name}*"))
 
 
 def _name(source: Any) -> str:

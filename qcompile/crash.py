@@ -20,6 +20,7 @@ import onnx_ir as ir
 from qcompile import execute, folders, pipeline, registry
 from qcompile.calibrate import Calibration
 from qcompile.errors import Bug, PassBug, QCompileError
+from qcompile.options import parse_target
 from qcompile.pipeline import Context
 from qcompile.sequences import Samples, State
 from qcompile.sources import Data
@@ -92,8 +93,6 @@ def replay(folder: pathlib.Path) -> list[str]:
         ) from error
     if not (folder / "model.onnx").exists():
         raise QCompileError(f"{str(folder)!r} holds no model: the crash came before one was read")
-    from qcompile.compiler import parse_target
-
     model = execute.load(folder / "model.onnx")
     target = parse_target(wanted["target"])
     calibration = _calibration(folder / "data.npz", wanted.get("state") or {}, wanted.get("mask"))

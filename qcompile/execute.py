@@ -98,7 +98,7 @@ def optimize(path: pathlib.Path, optimized: pathlib.Path) -> None:
     In a process of its own: the weights of both are in its memory, and go with it. Raises
     TargetError if the runtime refuses the model, or crashes.
     """
-    done = _apart(_OPTIMIZE, path, optimized)
+    done = apart(_OPTIMIZE, path, optimized)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise TargetError(f"ONNX Runtime refuses the model: {reason(RuntimeError(lines[-1]))}")
@@ -121,18 +121,18 @@ def survive(model: ir.Model, feeds: Feeds) -> None:
         save(model, file)
         np.savez(data, *(feeds[value.name or ""] for value in model.graph.inputs))
         try:
-            _apart(
+            apart(
                 _RUN, file, data, patience=_PATIENCE
             )  # what it refuses is said where it runs next
         except subprocess.TimeoutExpired as error:
             raise TargetError(f"one run of the model takes more than {_PATIENCE} s") from error
 
 
-def _apart(
-    code: str, *words: pathlib.Path, patience: float | None = None
+def apart(
+    code: str, *words: str | os.PathLike[str], patience: float | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run Python in a process of its own; raise TargetError if a signal ends it."""
-    command = [sys.executable, "-c", code, *map(os.fspath, words)]
+    command = [sys.executable, "-c", code, *(os.fspath(word) for word in words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
     if done.returncode < 0:
         died = signal.Signals(-done.returncode).name

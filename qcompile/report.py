@@ -20,6 +20,7 @@ from qcompile.backends.base import Ran
 from qcompile.bench import Latency
 from qcompile.graph import Layer, Shapes, Use
 from qcompile.pipeline import Step
+from qcompile.search import GivenBack
 
 SCHEMA_VERSION = 1
 _NOT_FUSED = frozenset(("float", "unknown", *halves.TYPES))
@@ -60,6 +61,41 @@ class Output:
     simulated: float
     cosine: float
     uneven: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """The user's metric on the user's data, of what was written against float.
+
+    ``drop`` is how much worse it is, ``wanted`` the bound as given, ``met`` whether it is kept.
+    ``given_back`` are the layers that were given back for it, chosen on calibration samples; how
+    many was decided on this data, so that these figures are a little too good if there are any.
+    ``unnamed`` layers could not be given back, because no glob fits them alone. ``evaluations`` of
+    the metric and ``probes``, models run on a few calibration samples, are what it took.
+    """
+
+    metric: str
+    lower_is_better: bool
+    source: str
+    digest: str
+    samples: int
+    in_float: float
+    compiled: float
+    drop: float
+    wanted: str | None
+    met: bool | None
+    given_back: tuple[GivenBack, ...]
+    unnamed: int
+    evaluations: int
+    probes: int
+
+    def words(self) -> str:
+        """The figures in one line."""
+        share = f", {self.drop / abs(self.in_float):.2%}" if self.in_float else ""
+        return (
+            f"{self.metric} {self.in_float:.6g} in float, {self.compiled:.6g} compiled: "
+            f"a drop of {self.drop:.3g}{share}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +147,7 @@ class Report:
     passes: tuple[Step, ...]
     layers: tuple[LayerReport, ...]
     outputs: tuple[Output, ...]
+    accuracy: Accuracy | None
     left_alone: tuple[LeftAlone, ...]
     share: dict[str, dict[str, float]]
     size: Size
@@ -328,6 +365,8 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
         )
         text = f"SQNR {output.sqnr:.1f} dB, cosine {output.cosine:.5f} ({judged} {where})"
         summary.add_row(escape(f"output {output.name}"), text)
+    if report.accuracy is not None:
+        _show_accuracy(report.accuracy, summary)
     size = report.size
     text = f"{_bytes(size.float_bytes)} -> {_bytes(size.compiled_bytes)}"
     summary.add_row("size", f"{text} ({size.compiled_bytes / max(size.float_bytes, 1):.2f}x)")
@@ -345,6 +384,26 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
         console.print(line, highlight=False, markup=False)
     for warning in report.warnings:
         console.print(f"[bold red]warning:[/bold red] {escape(warning)}", highlight=False)
+
+
+def _show_accuracy(found: Accuracy, summary: Table) -> None:
+    """The user's metric, and what was given back for it."""
+    wanted = (
+        ""
+        if found.wanted is None
+        else f" ({found.wanted} at most: " + ("met)" if found.met else "not met)")
+    )
+    summary.add_row("accuracy", escape(f"{found.words()}{wanted}, {found.samples} samples"))
+    groups: dict[str, list[str]] = {}
+    for item in found.given_back:
+        groups.setdefault(f"{item.was} -> {item.now}", []).append(item.layer)
+    for change, names in groups.items():
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        count = "1 layer" if len(names) == 1 else f"{len(names)} layers"
+        summary.add_row("given back", escape(f"{count}, {change} ({shown})"))
+    if found.given_back:
+        note = "how many layers to give back was decided on this data: judge anew on other data"
+        summary.add_row("", f"{note} ({found.evaluations} evaluations, {found.probes} probes)")
 
 
 def _show_layers(report: Report, console: Console) -> None:

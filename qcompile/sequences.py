@@ -59,6 +59,13 @@ class Samples(Sequence[Sample]):
         """How many sequences there are."""
         return sum(number in self._numbers for number in self._starts)
 
+    def sequence(self, number: int) -> Samples:
+        """The frames of sequence ``number``."""
+        starts = [start for start in self._starts if start in self._numbers]
+        first = self._numbers.index(starts[number])
+        behind = starts[number + 1 : number + 2]
+        return self[first : self._numbers.index(behind[0]) if behind else len(self)]
+
     def split(self, last: int) -> tuple[Samples, Samples]:
         """All but the ``last`` sequences, and those."""
         starts = [number for number in self._starts if number in self._numbers]

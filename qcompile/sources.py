@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile import archives, capture, images, ports
+from qcompile.archives import LABELS
 from qcompile.errors import CalibrationError, QCompileError
 from qcompile.images import Image
 from qcompile.ports import Port
@@ -67,6 +68,7 @@ def load(
     state: State | None = None,
     outputs: Sequence[Port] = (),
     log: Callable[[str], None] = lambda _: None,
+    labelled: bool = False,
 ) -> Data:
     """Read a source.
 
@@ -83,6 +85,8 @@ def load(
             sequence unless its first frame holds them. If None, the inputs that sequences lack are
             paired with ``outputs`` (see ports.pair), and ``log`` is told.
         outputs: what the model writes.
+        labelled: whether samples may hold an array ``labels`` beside their inputs; images that lie
+            in folders have the number of their folder as one, in the order of names.
 
     Raises CalibrationError if the source cannot be read or does not fit the model.
     """
@@ -92,8 +96,9 @@ def load(
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
     name = source if isinstance(source, str) else "python"
-    frames = _frames_of(source, inputs, seed, preprocess, state or {})
-    return Data(name, _collect(frames, name, inputs, state, outputs, log), source == "random")
+    frames = _frames_of(source, inputs, seed, preprocess, state or {}, labelled)
+    samples = _collect(frames, name, inputs, state, outputs, log, labelled)
+    return Data(name, samples, source == "random")
 
 
 _SOURCES = (
@@ -108,14 +113,15 @@ def _frames_of(
     seed: int,
     preprocess: Image | None,
     state: State,
+    labelled: bool,
 ) -> Iterator[_Frame]:
     if isinstance(source, str) and source != "random":
         path = pathlib.Path(source)
         if path.is_dir():
-            return _folder(path, inputs, preprocess, state)
+            return _folder(path, inputs, preprocess, state, labelled)
         _no_images(preprocess, f"{source!r} is no folder")
         if path.suffix == ".npz" or path.exists():
-            return _archive(path, inputs, state)
+            return _archive(path, inputs, state, labelled)
         if ":" not in source:
             raise CalibrationError(f"there is no file {source!r}; a source is {_SOURCES}")
         return _frames(_of_the_user(source), source)
@@ -150,16 +156,22 @@ def _blamed(source: str) -> Generator[None]:
         ) from error
 
 
-def _archive(path: pathlib.Path, inputs: Sequence[Port], state: State) -> Iterator[_Frame]:
+def _archive(
+    path: pathlib.Path, inputs: Sequence[Port], state: State, labelled: bool
+) -> Iterator[_Frame]:
     if path.suffix != ".npz":
         raise CalibrationError(f"{str(path)!r} is no .npz file; a source is {_SOURCES}")
     if not path.exists():
         raise CalibrationError(f"there is no file {str(path)!r}")
-    return _frames(archives.read(path, inputs, state), str(path))
+    return _frames(archives.read(path, inputs, state, labelled), str(path))
 
 
 def _folder(
-    path: pathlib.Path, inputs: Sequence[Port], preprocess: Image | None, state: State
+    path: pathlib.Path,
+    inputs: Sequence[Port],
+    preprocess: Image | None,
+    state: State,
+    labelled: bool,
 ) -> Iterator[_Frame]:
     """The archives or the images in a folder and the folders in it, sorted by name."""
     files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -172,16 +184,31 @@ def _folder(
         )
     if found:
         _no_images(preprocess, f"{str(path)!r} holds .npz files")
-        each = (_archive(file, inputs, state) for file in found)
+        each = (_archive(file, inputs, state, labelled) for file in found)
         return itertools.chain.from_iterable(each)
     if pictures:
         read = images.read(pictures, preprocess, inputs, str(path))
+        if labelled and all(picture.parent != path for picture in pictures):
+            return _classed(read, pictures, path)
         return (_Frame({name: array}, where) for name, array, where in read)
     names = ", ".join(repr(p.name) for p in files[:5]) + (", ..." if len(files) > 5 else "")
     raise CalibrationError(
         f"the folder {str(path)!r} holds neither .npz files nor images; it holds "
         f"{names or 'nothing'}"
     )
+
+
+def _classed(
+    read: Iterable[tuple[str, Array, str]], pictures: Sequence[pathlib.Path], path: pathlib.Path
+) -> Iterator[_Frame]:
+    """Images with the number of the folder in ``path`` that each lies in as its label."""
+    within = [picture.relative_to(path).parts[0] for picture in pictures]
+    numbers = {name: number for number, name in enumerate(sorted(set(within)))}
+    first = 0
+    for name, array, where in read:
+        taken = within[first : first + len(array)]
+        first += len(taken)
+        yield _Frame({name: array, LABELS: np.array([numbers[one] for one in taken])}, where)
 
 
 # How many sequences of noise there are, and their frames if there is state.
@@ -247,6 +274,7 @@ def _collect(
     state: State | None,
     outputs: Sequence[Port],
     log: Callable[[str], None],
+    labelled: bool,
 ) -> Samples:
     """``frames`` in a file, each checked: names, types, shapes, numbers; the first with state."""
     spill, starts = Spill(), list[int]()
@@ -257,7 +285,10 @@ def _collect(
                 log(f"state: {ports.state_text(state)} (paired by name, type and shape)")
         if frame.first:
             starts.append(len(spill))
-        spill.append(_checked(frame, inputs, state, outputs))
+        labels: Sample = {}
+        if labelled and LABELS not in (port.name for port in inputs):
+            frame, labels = _without_labels(frame)
+        spill.append(_checked(frame, inputs, state, outputs) | labels)
     if not starts:
         raise CalibrationError(f"calibration source {source!r} yields no samples")
     if state and len(starts) == len(spill):
@@ -265,6 +296,20 @@ def _collect(
             f"state: every sequence of {source!r} has one frame, so that the state is what it holds"
         )
     return Samples(spill, starts, state)
+
+
+def _without_labels(frame: _Frame) -> tuple[_Frame, Sample]:
+    """``frame`` without its labels, and those, if it has any."""
+    if LABELS not in frame.arrays:
+        return frame, {}
+    arrays = dict(frame.arrays)
+    try:
+        labels = np.asarray(arrays.pop(LABELS))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CalibrationError(f"{frame.where}: {LABELS!r} is no array: {error}") from error
+    if labels.dtype.kind not in "iubf":
+        raise CalibrationError(f"{frame.where}: {LABELS!r} is {labels.dtype}, not numbers")
+    return dataclasses.replace(frame, arrays=arrays), {LABELS: labels}
 
 
 def _paired(frame: _Frame, inputs: Sequence[Port], outputs: Sequence[Port]) -> State:

@@ -51,6 +51,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         for file in ("report.json", "pipeline.txt"):
             (place / "runs" / name / file).write_text("{}")
     (place / "hollow").mkdir()
+    (place / "damaged" / "check").mkdir(parents=True)
+    (place / "damaged" / "check" / "check.json").write_text("{")
     (place / "empty.txt").write_text("# no pass\n")
     (place / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     (place / "mine.py").write_text(MINE)
@@ -111,6 +113,7 @@ def _data(place: pathlib.Path) -> None:
     x = np.stack([s["x"] for s in samples(graph(CHAIN), 10)])
     np.savez(place / "data.npz", x=x)
     np.savez(place / "names.npz", z=x)
+    np.savez(place / "odd-labels.npz", x=x, labels=np.zeros(7, np.int64))
     np.savez(place / "more.npz", x=x, extra=x)
     np.savez(place / "shapes.npz", x=x[:, :, :5])
     np.savez(place / "rank.npz", x=x[0, 0])
@@ -129,6 +132,7 @@ def _data(place: pathlib.Path) -> None:
 
 D = "--calib data.npz"
 P = f"m.onnx {D} --passes"
+E = f"m.onnx {D} --eval data.npz --metric"
 RETURNS = "a factory must return (module, example_inputs), (module, example_inputs, dynamic_shapes)"
 
 # Words, exit code, and what must be said.
@@ -269,6 +273,26 @@ CASES: list[tuple[str, int, str]] = [
     # numbers
     (f"m.onnx {D} --require-fused 200", 1, "a percentage from 0 to 100, got 200"),
     (f"m.onnx {D} --jobs 0", 1, "--jobs is a number of processes, from 1; got 0"),
+    (f"m.onnx {D} --min-sqnr nan", 1, "--min-sqnr is a number of dB, got nan"),
+    ("m.onnx --min-sqnr 20", 1, "--min-sqnr compares with float on data: give --calib"),
+    # accuracy on the user's terms
+    ("m.onnx --eval data.npz --metric cosine", 1, "--eval compares with float on data: give"),
+    (f"m.onnx {D} --eval data.npz", 1, "--eval needs --metric"),
+    (f"m.onnx {D} --metric top1", 1, "--metric needs --eval"),
+    (f"m.onnx {D} --max-drop 1%", 1, "--max-drop needs --eval"),
+    (f"{E} top2", 1, "unknown metric 'top2'; did you mean 'top1'?"),
+    (f"{E} 'top1{{k=5}}'", 1, "top1 has no option 'k'"),
+    (f"{E} top1,cosine", 1, "--metric top1,cosine: one metric is measured, not 2"),
+    (f"{E} top1", 1, "sample 0 of 'data.npz' has no array 'labels'"),
+    (f"{E} perplexity", 1, "which input holds the tokens? none has the shape"),
+    (f"{E} nowhere:f", 1, "metric 'nowhere:f': cannot import 'nowhere'"),
+    (f"{E} mine:number", 1, "metric 'mine:number' is int, no function"),
+    (f"{E} mine:needs --max-drop 1%", 1, "metric 'mine:needs' raises TypeError: float()"),
+    (f"{E} cosine --max-drop much", 1, "--max-drop is a percentage of the metric in float (1%)"),
+    (f"{E} cosine --max-drop=-1%", 1, "from 0; got '-1%'"),
+    (f"m.onnx {D} --eval gone.npz --metric cosine", 1, "there is no file 'gone.npz'"),
+    (f"m.onnx {D} --eval names.npz --metric cosine", 1, "no array for input 'x'; it has z"),
+    (f"m.onnx {D} --eval odd-labels.npz --metric top1", 1, "which cannot be cut into 10 samples"),
     # usage
     (f"m.onnx {D} --seed x", 2, 'unable to convert "x" into int'),
     (f"m.onnx {D} --bits 8", 2, "Unknown option: --bits"),
@@ -278,6 +302,20 @@ CASES: list[tuple[str, int, str]] = [
     # the other commands
     ("diff m.onnx notes.onnx", 2, "'notes.onnx' is not a readable ONNX model"),
     ("replay hollow", 1, "'hollow' is no reproducer"),
+    ("verify hollow", 1, "'hollow' has no check: name a folder that qcompile wrote"),
+    ("verify gone", 1, "'gone' has no check"),
+    ("verify damaged", 1, "the check in 'damaged/check' is damaged"),
+    ("bench", 1, "name the .onnx files, or the folders that qcompile wrote"),
+    ("bench gone.onnx", 1, "there is no file 'gone.onnx'"),
+    ("bench hollow", 1, "the folder 'hollow' holds no model.onnx"),
+    ("bench notes.onnx", 1, "'notes.onnx' is not a readable ONNX model"),
+    ("bench custom.onnx", 1, "it has no operator 'Swirl' of the domain 'com.acme'"),
+    ("bench m.onnx --vs gone.onnx", 1, "there is no file 'gone.onnx'"),
+    ("bench m.onnx --data gone.npz", 1, "there is no file 'gone.npz'"),
+    ("bench m.onnx two.onnx --data data.npz", 1, "has no array for input 'z'; it has x"),
+    ("bench m.onnx --rounds 0", 1, "--rounds is a number from 1; got 0"),
+    ("bench m.onnx --threads 0", 1, "--threads is a number from 1; got 0"),
+    ("bench m.onnx --rounds x", 2, 'unable to convert "x" into int'),
     ("passes quantise", 1, "unknown pass 'quantise'; did you mean 'quantize'?"),
     ("targets ort", 1, "unknown target 'ort'; did you mean 'ort-cpu'?"),
 ]
@@ -295,7 +333,7 @@ def test_a_mistake_is_said_in_a_sentence_and_nothing_is_written(
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = names(desk)
     given = shlex.split(words)
-    commands = ("diff", "replay", "passes", "targets")
+    commands = ("diff", "replay", "passes", "targets", "verify", "bench")
     out = [] if not given or given[0] in commands or "-o" in given else ["-o", "result"]
     done = qcompile(*given, *out)
     assert (done.code, done.out) == (code, "")

@@ -252,6 +252,47 @@ def test_a_requirement_that_is_met_exits_with_zero(here: pathlib.Path, qcompile:
     assert qcompile(*TINY, "--require-fused", 100).code == 0
 
 
+def test_an_sqnr_that_is_missed_names_the_output(here: pathlib.Path, qcompile: Command) -> None:
+    assert qcompile(*TINY, "--min-sqnr", 20).code == 0
+    done = qcompile(*TINY, "--min-sqnr", 200)
+    assert done.code == 3
+    assert "requirement not met: ort-cpu: output 'y' has " in done.err
+    assert "dB of SQNR, 200 dB are required" in done.err
+    assert (here / "result" / "model.onnx").is_file()
+
+
+# -- the command as a script --------------------------------------------------------------------
+
+
+def test_the_saved_command_makes_the_same_file(here: pathlib.Path, qcompile: Command) -> None:
+    passes = "calibrate,quantize{exclude=h},insert-qdq"
+    told = ("--passes", passes, "--seed", 3, "--no-verify", "--min-sqnr", -5)
+    assert qcompile(*TINY, *told, "--save-command", "again.sh").code == 0
+    script = (here / "again.sh").read_text()
+    first, *_, last = script.splitlines()
+    assert first == "#!/bin/sh"
+    words = shlex.split(last)
+    assert words[0] == "qcompile"
+    assert words[1:] == [
+        "m.onnx", "-o", "result", "--passes", passes, "--calib", "data.npz", "--seed", "3",
+        "--min-sqnr=-5.0", "--no-verify",
+    ]  # fmt: skip
+    before = (here / "result" / "model.onnx").read_bytes()
+    words[words.index("result")] = "other"
+    assert qcompile(*words[1:]).code == 0
+    assert (here / "other" / "model.onnx").read_bytes() == before
+
+
+def test_the_saved_command_is_written_when_a_requirement_is_missed(
+    here: pathlib.Path, qcompile: Command
+) -> None:
+    assert qcompile(*TINY, "--min-sqnr", 200, "--save-command", "again.sh").code == 3
+    assert "--min-sqnr 200" in (here / "again.sh").read_text()
+    done = qcompile(*TINY, "--save-command", "gone/again.sh")
+    assert done.code == 1
+    assert "cannot write 'gone/again.sh'" in done.err
+
+
 # -- the other commands -------------------------------------------------------------------------
 
 
@@ -344,7 +385,17 @@ def test_an_unknown_name_gets_the_nearest(
 def test_help_names_every_command(qcompile: Command) -> None:
     done = qcompile("--help")
     assert done.code == 0
-    for word in ("diff", "passes", "targets", "fetch", "--calib", "--passes", "--target"):
+    for word in (
+        "diff",
+        "passes",
+        "targets",
+        "fetch",
+        "verify",
+        "bench",
+        "--calib",
+        "--passes",
+        "--target",
+    ):
         assert word in done.out
 
 

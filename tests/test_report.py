@@ -54,6 +54,13 @@ def valid(found: Report) -> dict[str, Any]:
         {"passes": "simplify", "calib": None, "allow_float": True},
         {"calib": "random"},
         {"targets": ("tensorrt-rtx",)},
+        {"eval": "random", "metric": "cosine"},
+        {
+            "eval": "random",
+            "metric": "sqnr",
+            "max_drop": "1%",
+            "passes": "calibrate,quantize{weight=int2},insert-qdq",
+        },
     ],
 )
 def test_every_report_is_valid(tmp_path: pathlib.Path, options: dict[str, Any]) -> None:
