@@ -92,9 +92,12 @@ class TensorRtRtx(Target):
         """Find each layer's kernel in the program of the plan: built, not run."""
         steps = trt_plan.steps(trt_plan.program((folder / "model.engine").read_bytes()))
         kernels: dict[str, trt_plan.Step] = {}
+        tables = {n.name for n in model.graph if n.op_type == "Gather" and graph.origins(n)}
         for step in steps:
             for node in step.nodes:
-                if step.operation in ("corrltn", "fully_connected") or step.name.endswith("Fc"):
+                linear = step.operation in ("corrltn", "fully_connected")
+                gathers = node in tables and "Gath" in step.name
+                if linear or gathers or step.name.endswith("Fc"):
                     kernels.setdefault(node, step)
         found: dict[str, Ran] = {}
         behind, missing = trt_graph.behind(model), self._missing(model)
@@ -148,7 +151,7 @@ def profile(model: ir.Model, calibration: Calibration | None) -> dict[str, list[
 
 
 def _ran(step: trt_plan.Step, reason: str) -> Ran:
-    integers = [kind for kind in step.reads if kind.startswith("int")]
+    integers = [kind for kind in step.reads if kind in ("int4", "int8")]  # not indices
     kernel = step.operation if step.operation != "runtime_fusion" else step.name
     if len(integers) >= 2 and set(integers[:2]) == {"int8"}:
         return Ran("int8", kernel, "built, not run")

@@ -38,7 +38,7 @@ TORCH_OPSET = 21
 _QUANTIZED = {
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger",
     "QLinearConv", "QLinearMatMul", "QGemm", "QLinearAdd", "MatMulNBits", "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul", "QAttention", "TRT_FP4DynamicQuantize",
+    "DynamicQuantizeMatMul", "QAttention", "GatherBlockQuantized", "TRT_FP4DynamicQuantize",
 }  # fmt: skip
 
 

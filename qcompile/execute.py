@@ -203,6 +203,7 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """Write ``model`` to ``path``; large models keep their weights in ``<path>.data`` beside it."""
     library: Any = ir  # partly untyped
     if weight_bytes(model) < _IN_MEMORY_BYTES:
+        read_external(model)  # of a large model that became small, what stayed in its file
         library.save(model, path)
     else:
         library.save(model, path, external_data=f"{pathlib.Path(path).name}.data")

@@ -66,6 +66,7 @@ def test_every_rule_has_a_test_here_and_a_reason() -> None:
         "bias-range",
         "gemm-alone",
         "packed-weights",
+        "packed-embeddings",
         "weights",
         "inputs",
         "channels-of-four",
