@@ -51,6 +51,7 @@ from qcompile.errors import (
 from qcompile.images import Image
 from qcompile.pipeline import Context, Pass, Step, Watch
 from qcompile.report import Report
+from qcompile.texts import Text
 
 # Below this the compiled model is hardly the same model; the report says so in red.
 POOR_DB = 10.0
@@ -69,7 +70,8 @@ class Options:
     * ``preprocess``: what makes images samples (see images.Image), as text; ``state``: pairs
       ``INPUT=OUTPUT,...`` that flow from frame to frame; ``mask``: the input that says which
       positions count; ``shape``: texts ``INPUT=1x3x224x224`` that fix dynamic dimensions of random
-      data, images and profiles.
+      data, images and profiles; ``tokenizer``, ``tokens``: what makes a text samples (see
+      texts.Text).
     * ``allow_float``: accept a result in which nothing is quantized.
     * ``print_after``: pass names (or ``all``) after which the graph is printed;
       ``print_changes``: print the changed lines of every pass; ``snapshots``: a folder for the
@@ -87,6 +89,8 @@ class Options:
     state: str | None = None
     mask: str | None = None
     shape: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    tokens: int | None = None
     seed: int = 0
     jobs: int = 1
     allow_float: bool = False
@@ -149,7 +153,8 @@ class Compiler:
         self.options = options
         self.image = None if options.preprocess is None else images.parse(options.preprocess)
         self.state = None if options.state is None else ports.parse_state(options.state)
-        for what in ("state", "mask"):
+        self.reading = _reading(options)
+        for what in ("state", "mask", "tokenizer"):
             if getattr(options, what) is not None and options.calib is None:
                 raise CalibrationError(f"--{what} says how to read calibration data: give --calib")
         if options.jobs < 1:
@@ -352,9 +357,9 @@ class Compiler:
     def _command(self, target: Target) -> str:
         """The options that make the same file of the same model and data."""
         options, words = self.options, ["--passes", self.text, "--target", str(target)]
-        for what in ("preprocess", "state", "mask"):
-            given: str | None = getattr(options, what)
-            words += [] if given is None else [f"--{what}", given]
+        for what in ("preprocess", "state", "mask", "tokenizer", "tokens"):
+            given = getattr(options, what)
+            words += [] if given is None else [f"--{what}", str(given)]
         for given in options.shape:
             words += ["--shape", given]
         return shlex.join(words) + "\n"
@@ -452,6 +457,7 @@ class Compiler:
         data = sources.load(
             options.calib, inputs, options.seed,
             preprocess=image, state=self.state, outputs=outputs, log=options.log,
+            text=self.reading,
         )  # fmt: skip
         return Calibration(data, options.progress, options.mask)
 
@@ -502,6 +508,17 @@ class Compiler:
             f"nothing is quantized by {self.text!r}: no layer was found that the passes and the "
             "target can quantize (--allow-float writes the model all the same)"
         )
+
+
+def _reading(options: Options) -> Text | None:
+    """How a text becomes samples, if that is what the options say."""
+    if options.tokenizer is None:
+        if options.tokens is not None:
+            raise CalibrationError("--tokens says how to cut a text: give --tokenizer")
+        return None
+    if options.preprocess is not None:
+        raise CalibrationError("--preprocess is for images, --tokenizer for a text")
+    return Text(options.tokenizer, options.tokens)
 
 
 @contextlib.contextmanager

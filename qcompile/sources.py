@@ -17,12 +17,13 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from qcompile import archives, capture, images, ports
+from qcompile import archives, capture, images, ports, texts
 from qcompile.errors import CalibrationError, QCompileError
 from qcompile.images import Image
 from qcompile.ports import Port
 from qcompile.sequences import Sample, Samples, State
 from qcompile.spill import Spill
+from qcompile.texts import Text
 
 Array = npt.NDArray[Any]
 
@@ -67,12 +68,14 @@ def load(
     state: State | None = None,
     outputs: Sequence[Port] = (),
     log: Callable[[str], None] = lambda _: None,
+    text: Text | None = None,
 ) -> Data:
     """Read a source.
 
     Args:
         source: the path of an ``.npz`` (see archives.read) or of a folder of them; that of a
-            folder of images, which ``preprocess`` makes samples of; ``package.module:name`` of an
+            folder of images, which ``preprocess`` makes samples of; that of a file which ``text``
+            makes samples of (see texts.read); ``package.module:name`` of an
             iterable, or of a function that returns one; ``random`` for noise, which calibrates
             nothing and is marked as such; or the iterable itself. An iterable yields samples
             (dicts of arrays) or sequences (lists or iterators of such dicts).
@@ -83,6 +86,7 @@ def load(
             sequence unless its first frame holds them. If None, the inputs that sequences lack are
             paired with ``outputs`` (see ports.pair), and ``log`` is told.
         outputs: what the model writes.
+        text: how a text becomes samples.
 
     Raises CalibrationError if the source cannot be read or does not fit the model.
     """
@@ -92,14 +96,24 @@ def load(
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
     name = source if isinstance(source, str) else "python"
-    frames = _frames_of(source, inputs, seed, preprocess, state or {})
+    if text is not None:
+        frames = _text(source, text, inputs)
+    else:
+        frames = _frames_of(source, inputs, seed, preprocess, state or {})
     return Data(name, _collect(frames, name, inputs, state, outputs, log), source == "random")
 
 
 _SOURCES = (
-    "an .npz file, a folder of .npz files or of images, package.module:iterable, or 'random' for "
-    "noise"
+    "an .npz file, a folder of .npz files or of images, a text with --tokenizer, "
+    "package.module:iterable, or 'random' for noise"
 )
+
+
+def _text(source: object, how: Text, inputs: Sequence[Port]) -> Iterator[_Frame]:
+    path = pathlib.Path(source) if isinstance(source, str) else None
+    if path is None or path.suffix == ".npz" or not path.is_file():
+        raise CalibrationError(f"--tokenizer is for a text, and there is no text file {source!r}")
+    return (_Frame(arrays, where) for arrays, where in texts.read(path, how, inputs))
 
 
 def _frames_of(
@@ -152,7 +166,8 @@ def _blamed(source: str) -> Generator[None]:
 
 def _archive(path: pathlib.Path, inputs: Sequence[Port], state: State) -> Iterator[_Frame]:
     if path.suffix != ".npz":
-        raise CalibrationError(f"{str(path)!r} is no .npz file; a source is {_SOURCES}")
+        hint = "; a text needs --tokenizer tokenizer.json" if path.suffix == ".txt" else ""
+        raise CalibrationError(f"{str(path)!r} is no .npz file; a source is {_SOURCES}{hint}")
     if not path.exists():
         raise CalibrationError(f"there is no file {str(path)!r}")
     return _frames(archives.read(path, inputs, state), str(path))
