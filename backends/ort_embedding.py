@@ -30,9 +30,9 @@ def packed_rows(codes: numerics.Codes, bits: int) -> Bytes:
 
     The first of two codes of 4 bits is the lower half of a byte.
     """
-    shifted = (codes + (1 << bits - 1)).astype(np.uint8)
+    shifted: Bytes = (codes + (1 << bits - 1)).astype(np.uint8)
     if bits == 4:
-        shifted = shifted[:, 0::2] | shifted[:, 1::2] << 4
+        shifted = shifted[:, 0::2] | shifted[:, 1::2] << np.uint8(4)
     return np.ascontiguousarray(shifted)
 
 

@@ -131,6 +131,8 @@ class Llama(nn.Module):
     tokens, vocabulary] and the past of the next call, ``present_key`` and ``present_value``.
     """
 
+    frequency: Tensor
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
+from typing import Any
 
 import graphs
 import lowering
@@ -106,6 +108,17 @@ def test_a_table_and_a_head_of_different_codes_are_two_copies() -> None:
     OrtCpu().lower(model)
     packed = [v for v in model.graph.initializers.values() if v.dtype == graphs.ir.DataType.UINT8]
     assert sorted(graph.shape_of(v) or () for v in packed) == [(300, 3, 16), (300, 96)]
+
+
+def test_a_float_table_of_a_model_in_files_is_written_with_what_became_small(
+    tmp_path: pathlib.Path,
+) -> None:
+    (tmp_path / "in").mkdir()
+    library: Any = graphs.ir  # partly untyped
+    library.save(graphs.graph(TABLE), tmp_path / "in" / "model.onnx", external_data="data")
+    execute.save(execute.load(tmp_path / "in" / "model.onnx"), tmp_path / "model.onnx")
+    shutil.rmtree(tmp_path / "in")
+    assert execute.Session(tmp_path / "model.onnx").run(IDS)["y"].shape == (2, 4, 96)
 
 
 def test_a_block_without_a_kernel_stays_float_and_says_so(tmp_path: pathlib.Path) -> None:

@@ -2,14 +2,14 @@
 
     python tests/benchmarks/int4.py [--quick] [--seeds N] [--json FILE]
 
-Only weights are quantized, symmetrically, so that a row is its own bound. The judge data calibrated
-nothing. SQNR is over all judge samples together; the perplexity is of text apart from that to
-calibrate, in windows of 256 tokens without a past; intervals are 95 % of a bootstrap over samples or
-windows, of the ratio to float for the perplexity. Shares are of the bytes that the weights have in
-float, by the proof; a table that is the head as well counts twice. Decoding is one token at a time
-at batch 1 behind a prompt, the cache fed back, one thread, in turns with float; the null is float
-against itself. ``--quick`` takes the shipped model only. The recipe draws nothing at random, so seeds
-change the bootstrap alone.
+Only weights are quantized, symmetrically, so that a row is its own bound. The judge data
+calibrated nothing. SQNR is over all judge samples together; the perplexity is of text apart from
+that to calibrate, in windows of 256 tokens without a past; intervals are 95 % of a bootstrap over
+samples or windows, for the perplexity of its ratio to float. Shares are of the bytes that weights
+have in float, by the proof; a table that is the head as well counts twice. Decoding is one token at
+a time at batch 1 behind a prompt, the cache fed back, one thread, in turns with float; the null is
+float against itself. ``--quick`` takes the shipped model only. The recipe draws nothing at random,
+so seeds change the bootstrap alone.
 """
 
 from __future__ import annotations
