@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 INTEGER_KERNELS = {
     "QLinearConv": "int8", "QLinearMatMul": "int8", "QGemm": "int8", "MatMulIntegerToFloat": "int8",
     "MatMulInteger": "int8", "ConvInteger": "int8", "DynamicQuantizeMatMul": "int8",
-    "MatMulNBits": "int4 weights",
+    "MatMulNBits": "int4 weights", "GatherBlockQuantized": "int4 weights",
 }  # fmt: skip
 FLOAT_KERNELS = {
     "Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose", "Gather",
@@ -92,7 +92,7 @@ def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
         precision = INTEGER_KERNELS.get(node.op_type)
         if precision is None and node.op_type not in FLOAT_KERNELS:
             continue
-        if node.op_type == "MatMulNBits":
+        if precision == "int4 weights":
             precision = f"int{graph.attribute(node, 'bits', 4)} weights"
         ids = _by_name(node.name or "", by_node) or next(
             (by_weight[v.name] for v in node.inputs if v is not None and v.name in by_weight), ()

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile import decisions, graph, numerics, spec
+from qcompile.backends import ort_embedding
 from qcompile.backends.base import (
     MOVES,
     Lowering,
@@ -21,6 +22,7 @@ from qcompile.backends.base import (
     activation_range,
     rules,
 )
+from qcompile.backends.ort_embedding import packed_embeddings, stored_bits
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
 from qcompile.spec import TensorSpec
@@ -38,6 +40,8 @@ def keep_float(low: Lowering) -> int:
 
 def _why_float(low: Lowering, layer: Layer) -> str:
     node = layer.node
+    if layer.kind == "embedding":
+        return ort_embedding.why_float(layer)
     if layer.kind == "conv-transpose":
         return "no int8 kernel for ConvTranspose"
     if node.op_type == "Gemm":
@@ -189,15 +193,12 @@ def packed_weights(low: Lowering) -> int:
 def _packed(low: Lowering, weight: ir.Value, decided: TensorSpec) -> tuple[ir.Value, ir.Value]:
     """Codes [K, N] as bytes [N, K / block, block * bits / 8], first code lowest; and the scales."""
     assert decided.block is not None
-    bits, block = _stored_bits(decided), decided.block
+    bits, block = stored_bits(decided), decided.block
     rows, columns = graph.shape_of(weight) or (0, 0)
     shape = (columns, rows // block, block * bits // 8)
 
     def pack(codes: numerics.Codes) -> ir.TensorProtocol:
-        turned = (codes.T + (1 << bits - 1)).astype(np.uint8)
-        if bits == 4:
-            turned = turned[:, 0::2] | turned[:, 1::2] << 4
-        return ir.Tensor(np.ascontiguousarray(turned.reshape(shape)))
+        return ir.Tensor(ort_embedding.packed_rows(codes.T, bits).reshape(shape))
 
     name = weight.name or "weight"
     packed = low.written(weight, decided, ir.DataType.UINT8, shape, pack)
@@ -208,10 +209,6 @@ def _packed(low: Lowering, weight: ir.Value, decided: TensorSpec) -> tuple[ir.Va
     )
 
 
-def _stored_bits(decided: TensorSpec) -> int:
-    return 4 if numerics.parse_format(decided.format).bits <= 4 else 8
-
-
 def _to_nbits(layer: Layer, decided: TensorSpec, packed: ir.Value, scales: ir.Value) -> None:
     node = layer.node
     rows, columns = graph.shape_of(layer.weight.value) or (0, 0)
@@ -219,7 +216,7 @@ def _to_nbits(layer: Layer, decided: TensorSpec, packed: ir.Value, scales: ir.Va
     node.resize_inputs(3)
     node.replace_input_with(1, packed)
     node.replace_input_with(2, scales)
-    wanted = {"K": rows, "N": columns, "bits": _stored_bits(decided), "block_size": decided.block}
+    wanted = {"K": rows, "N": columns, "bits": stored_bits(decided), "block_size": decided.block}
     for key, value in (wanted | {"accuracy_level": _NBITS_LEVEL}).items():
         node.attributes[key] = ir.AttrInt64(key, value or 0)
     spec.clear(node)
@@ -435,6 +432,7 @@ DIALECT = rules(
     bias_range,
     gemm_alone,
     packed_weights,
+    packed_embeddings,
     weights,
     inputs,
     channels_of_four,

@@ -26,7 +26,7 @@ Granularity = Literal["tensor", "channel", "block"]
 
 @dataclasses.dataclass(frozen=True)
 class Quantize(Pass):
-    """Write a spec on the weight and the input of every Conv and linear layer.
+    """Write a spec on the weight and the input of every Conv and linear layer, and on tables.
 
     Weights are symmetric. An activation gets the format and the name of its calibrated range; the
     dialect makes scale and zero point of it.
@@ -36,6 +36,9 @@ class Quantize(Pass):
     * ``block``: weights along the summed axis of a linear layer that share a scale.
     * ``method``: how the range of each scale of a weight is searched.
     * ``attention``: the format of both sides of a product of two activations.
+    * ``embedding``: the format of tables whose rows are gathered: one scale a row, or ``block`` of
+      a row at 4 bits and below. A table that is the weight of a linear layer as well is decided
+      twice.
     * ``include``, ``exclude``: globs over the names and operator types of layers.
 
     Raises PassError for an unknown format, a glob that matches nothing, or a block that does not
@@ -52,11 +55,12 @@ class Quantize(Pass):
     block: int = 32
     method: RangeMethod = "minmax"
     attention: str = "float"
+    embedding: str = "float"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for form in (self.weight, self.input, self.attention):
+        for form in (self.weight, self.input, self.attention, self.embedding):
             if form != "float":
                 numerics.parse_format(form)
         if self.block < 1:
@@ -69,7 +73,7 @@ class Quantize(Pass):
         return self.requires if {self.input, self.attention} != {"float"} else frozenset()
 
     def weight_formats(self) -> tuple[str, ...]:
-        return (self.weight,)
+        return (self.weight, self.embedding)
 
     def input_formats(self) -> tuple[str, ...]:
         return (self.input, self.attention)
@@ -81,6 +85,9 @@ class Quantize(Pass):
         weighted = [layer for layer in chosen if layer.kind in WEIGHTED]
         if self.weight != "float":
             decide_weights(model, weighted, self, ctx)
+        tables = [layer for layer in chosen if layer.kind == "embedding"]
+        if self.embedding != "float":
+            decide_weights(model, tables, self._for_tables(), ctx)
         inputs = 0
         for layer in weighted:
             if layer.input is not None and self.input != "float":
@@ -98,7 +105,14 @@ class Quantize(Pass):
             "weights": len(weighted) if self.weight != "float" else 0,
             "inputs": inputs,
             "products": len(products) if self.attention != "float" else 0,
+            "tables": len(tables) if self.embedding != "float" else 0,
         }
+
+    def _for_tables(self) -> Quantize:
+        """How a table is decided, as if it were a weight."""
+        narrow = numerics.parse_format(self.embedding).bits <= 4
+        granularity: Granularity = "block" if narrow else "channel"
+        return dataclasses.replace(self, weight=self.embedding, granularity=granularity)
 
 
 def decide_input(use: graph.Use, form: str) -> None:
@@ -135,7 +149,7 @@ def _axes(layer: Layer, how: Quantize) -> tuple[int | None, int | None]:
     """Axis and block of the scales of a weight."""
     if how.granularity == "tensor":
         return None, None
-    if how.granularity == "block" and layer.kind == "linear":
+    if how.granularity == "block" and layer.kind in ("linear", "embedding"):
         return layer.reduce_axis, how.block
     return layer.channel_axis, None
 

@@ -30,6 +30,7 @@ class Recompose(Pass):
     * ``x * (1 + erf(x / sqrt(2))) / 2``, in any order of the products, becomes Gelu; the opset is
       raised to 20, the first that has it.
     * ``x * clip(x + 3, 0, 6) / 6`` becomes HardSwish.
+    * ``x * (1 / sqrt(y))`` becomes ``x / sqrt(y)``, in which runtimes look for an RMS norm.
 
     A part that anything else reads keeps its pattern as it is.
     """
@@ -39,6 +40,7 @@ class Recompose(Pass):
     keeps_float: ClassVar[bool] = True
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
+        inverses = sum(_divided_by(model, n) for n in list(model.graph) if n.op_type == "Mul")
         norms = sum(_layer_norm(model, node) for node in list(model.graph))
         swishes = sum(_hard_swish(model, n) for n in list(model.graph) if n.op_type == "Clip")
         graph.remove_dead(model)
@@ -46,7 +48,7 @@ class Recompose(Pass):
         if gelus:
             graph.remove_dead(model)
             opset.raise_to(model, _GELU_OPSET, opset.NEWEST)
-        return {"layer norms": norms, "gelus": gelus, "hard swishes": swishes}
+        return {"layer norms": norms, "gelus": gelus, "hard swishes": swishes, "inverses": inverses}
 
 
 def _is(value: ir.Value | None, *kinds: str) -> ir.Node | None:
@@ -246,6 +248,26 @@ def _halves(value: ir.Value, x: ir.Value) -> bool:
     if node.op_type == "Mul":
         return _near(_other(node, x), 0.5)
     return node.inputs[0] is x and _near(node.inputs[1], 2.0)
+
+
+# -- RMS norm -----------------------------------------------------------------------------------
+
+
+def _divided_by(model: ir.Model, product: ir.Node) -> bool:
+    for index in (0, 1):
+        inverse = _is(product.inputs[index], "Reciprocal")
+        if inverse is None or _is(inverse.inputs[0], "Sqrt") is None:
+            continue
+        if _reader(inverse.outputs[0], "Mul") is not product:
+            continue
+        last = product.outputs[0]
+        quotient = graph.insert(
+            model, "Div", [product.inputs[1 - index], inverse.inputs[0]],
+            output=f"{last.name}/quotient", before=product, like=last,
+        )  # fmt: skip
+        graph.replace(model, last, quotient)
+        return True
+    return False
 
 
 # -- HardSwish ----------------------------------------------------------------------------------

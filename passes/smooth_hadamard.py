@@ -38,9 +38,10 @@ class SmoothHadamard(Pass):
     rotation, which costs ``block`` MACs an element: Reshape and a [block, block] MatMul, or a
     grouped 1x1 Conv.
 
-    With ``place=pays`` a rotation must win ``min-gain`` in noise to signal of its readers at 8 bits
-    (``noise`` has the formula; ranges of ``x G`` are measured), and of those the ones that win most
-    for their MACs are taken, up to ``max-cost``. What each would win and cost is logged.
+    With ``place=pays`` a rotation must win ``min-gain`` of the noise that an activation of 8 bits
+    makes in its readers (``noise`` has the formula; ranges of ``x G`` are measured; the noise of
+    the weights is left to what fits them). Of those the ones that win most for their MACs are
+    taken, up to ``max-cost``. What each would win and cost is logged.
 
     Left alone, and counted: layers whose K is not a multiple of ``block``, inputs of unknown rank,
     and rotations that do not pay. A ``block`` that is no power of two raises PassError.
@@ -61,7 +62,7 @@ class SmoothHadamard(Pass):
 
     block: int = 64
     place: Literal["pays", "everywhere"] = "pays"
-    min_gain: float = 1.0
+    min_gain: float = 0.5
     max_cost: float = 5.0
     exclude: tuple[str, ...] = ()
 
@@ -149,7 +150,7 @@ def _ratios(
     seen = data.moments(model, axes, _SAMPLES)
     return {
         place: sum(
-            noise.inputs(reader, seen[reader.input.value.name or ""]).ratio("int8", "int8")
+            noise.inputs(reader, seen[reader.input.value.name or ""]).ratio("float", "int8")
             for reader in readers
             if reader.input is not None
         )

@@ -38,7 +38,7 @@ TORCH_OPSET = 21
 _QUANTIZED = {
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger",
     "QLinearConv", "QLinearMatMul", "QGemm", "QLinearAdd", "MatMulNBits", "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul", "QAttention", "TRT_FP4DynamicQuantize",
+    "DynamicQuantizeMatMul", "QAttention", "GatherBlockQuantized", "TRT_FP4DynamicQuantize",
 }  # fmt: skip
 
 
@@ -53,7 +53,8 @@ def capture(source: str | os.PathLike[str] | ir.Model | Any, requantize: bool = 
     A factory takes no arguments and returns a ``torch.export.ExportedProgram``, or
     ``(module, example_inputs)``, or ``(module, example_inputs, dynamic_shapes)`` with
     ``example_inputs`` a tuple, or a dict by argument name, of tensors, and ``dynamic_shapes`` as
-    torch.export takes it.
+    torch.export takes it. A dict that the module returns names the outputs, and a ``Dim`` the
+    dimensions.
 
     Raises:
         CaptureError: the file is missing or unreadable, the opset is not supported, the export
@@ -290,6 +291,7 @@ def _from_torch(source: Any) -> ir.Model:
     try:
         with _quiet():
             program: Any = cast("Any", source)
+            shapes: list[Any] = []
             if not whole:
                 module, example, *shapes = given
                 named = isinstance(example, dict)
@@ -301,8 +303,9 @@ def _from_torch(source: Any) -> ir.Model:
                 )
             exporter: Any = torch.onnx  # partly untyped
             exported = exporter.export(
-                program, dynamo=True, optimize=False, opset_version=TORCH_OPSET, verbose=False
-            )
+                program, dynamo=True, optimize=False, opset_version=TORCH_OPSET, verbose=False,
+                dynamic_shapes=shapes[0] if shapes else None, output_names=_output_names(program),
+            )  # fmt: skip
             assert exported is not None
             model: ir.Model = exported.model
     except Exception as error:  # torch raises dozens of types for what it cannot export
@@ -317,6 +320,22 @@ def _from_torch(source: Any) -> ir.Model:
         for key in [k for k in node.metadata_props if k.startswith(("pkg.torch", "namespace"))]:
             del node.metadata_props[key]
     return model
+
+
+def _output_names(program: Any) -> list[str] | None:
+    """The names of the outputs of a module that returns a dict; None of any other.
+
+    Those of a list in the dict are numbered, as torch.export numbers inputs: ``present_key_0``.
+    """
+    from torch.utils import _pytree
+
+    library: Any = _pytree  # partly untyped
+    spec = program.call_spec.out_spec
+    if spec is None or spec.type is not dict:
+        return None
+    result = library.tree_unflatten([0] * spec.num_leaves, spec)
+    paths = [path for path, _ in library.tree_flatten_with_path(result)[0]]
+    return ["_".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path in paths]
 
 
 def _module_names(model: ir.Model) -> None:
@@ -335,7 +354,9 @@ def _module_names(model: ir.Model) -> None:
 
     for node in model.graph:
         path = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-        parts = [p for p in ast.literal_eval(path) if p] if path else []
+        scopes: list[str] = ast.literal_eval(path) if path else []
+        # What asks for the sizes of inputs is in a scope of torch's own, which is no module.
+        parts = [part for part in scopes if part and "_metadata_hook" not in part]
         module = parts[-2] if len(parts) > 1 else ""
         name = free(f"{module}/{node.op_type}" if module else node.op_type)
         node.name = name

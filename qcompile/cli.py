@@ -44,6 +44,8 @@ def compile_command(
     state: str | None = None,
     mask: str | None = None,
     shape: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    tokenizer: str | None = None,
+    tokens: int | None = None,
     seed: int = 0,
     jobs: int = 1,
     require_fused: float | None = None,
@@ -78,8 +80,8 @@ def compile_command(
         Target text, such as ort-cpu or 'tensorrt-rtx{cc=89}'; may be given several times.
     calib
         Calibration data: an .npz file with arrays named like the inputs, a folder of such files or
-        of images, or package.module:iterable of dicts (or of lists of them: sequences). 'random'
-        is noise, and is marked as such everywhere.
+        of images, a text with --tokenizer, or package.module:iterable of dicts (or of lists of
+        them: sequences). 'random' is noise, and is marked as such everywhere.
     preprocess
         How images become samples, such as 'image{resize=256 crop=224 mean=123.7 std=58.4}';
         fold=true puts it into the model.
@@ -90,6 +92,10 @@ def compile_command(
     shape
         INPUT=1x3x224x224 fixes the dynamic dimensions of random data, images and profiles; may be
         given several times.
+    tokenizer
+        The tokenizer.json of the model, which makes samples of a text.
+    tokens
+        Tokens of each sample of a text; as many as the model reads, or else 256.
     seed
         The seed of everything random; the same command writes the same model bytes.
     jobs
@@ -132,7 +138,8 @@ def compile_command(
     """
     options = Options(
         passes=passes, targets=target, calib=calib, preprocess=preprocess, state=state, mask=mask,
-        shape=shape, seed=seed, jobs=jobs, allow_float=allow_float,
+        shape=shape, tokenizer=tokenizer, tokens=tokens, seed=seed, jobs=jobs,
+        allow_float=allow_float,
         check_numerics=check_numerics, verify=verify, print_after=print_after,
         print_changes=print_changes, snapshots=snapshots, latency=latency,
         require_fused=require_fused, min_sqnr=min_sqnr, eval=eval, metric=metric,

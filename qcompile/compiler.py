@@ -85,6 +85,8 @@ def compile(
     return Compiler(Options(**options)).run(source, pathlib.Path(out))
 
 
+# What reads the codes of weights in a lowered graph.
+_PACKED = frozenset(("DequantizeLinear", "MatMulNBits", "GatherBlockQuantized"))
 # What the file system says that the user can put right.
 _OF_THE_SYSTEM = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE,
@@ -102,6 +104,7 @@ class Compiler:
         self.state = None if options.state is None else ports.parse_state(options.state)
         self.metric = None if options.metric is None else accuracy.parse(options.metric)
         self.bound = None if options.max_drop is None else Bound.parse(options.max_drop)
+        self.reading = options.reading()
         self._findings: list[str] = []
         self.text = recipes.expand(options.passes)
         self.passes = pipeline.parse(self.text, registry.passes())
@@ -360,6 +363,7 @@ class Compiler:
         data = sources.load(
             options.calib, inputs, options.seed,
             preprocess=image, state=self.state, outputs=outputs, log=options.log,
+            text=self.reading,
         )  # fmt: skip
         return Calibration(data, options.progress, options.mask)
 
@@ -375,6 +379,7 @@ class Compiler:
             options.eval, ports.inputs_of(model), options.seed,
             preprocess=image if pictures else None, state=self.state,
             outputs=ports.outputs_of(model), log=options.log, labelled=True,
+            text=self.reading if str(options.eval).endswith(".txt") else None,
         )  # fmt: skip
         return Evaluation(self.metric, reference, data, options.mask)
 
@@ -427,7 +432,7 @@ class Compiler:
                     "float32 (--allow-float writes the model all the same)"
                 )
             return
-        if any(n.op_type in ("DequantizeLinear", "MatMulNBits") for n in model.graph):
+        if any(n.op_type in _PACKED for n in model.graph):
             return
         raise PassError(
             f"nothing is quantized by {self.text!r}: no layer was found that the passes and the "

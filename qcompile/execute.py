@@ -66,7 +66,9 @@ class Session:
             self._stack.close()
             raise TargetError(f"ONNX Runtime refuses the model: {reason(error)}") from error
         self._session = session
-        self.inputs: tuple[str, ...] = tuple(i.name for i in session.get_inputs())
+        # Sizes are numbers, names, or None.
+        self.shapes: dict[str, list[Any]] = {i.name: i.shape for i in session.get_inputs()}
+        self.inputs: tuple[str, ...] = tuple(self.shapes)
         self.outputs: tuple[str, ...] = tuple(o.name for o in session.get_outputs())
 
     def _source(self, model: ir.Model | str | os.PathLike[str]) -> str | bytes:
@@ -203,6 +205,7 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """Write ``model`` to ``path``; large models keep their weights in ``<path>.data`` beside it."""
     library: Any = ir  # partly untyped
     if weight_bytes(model) < _IN_MEMORY_BYTES:
+        read_external(model)  # of a large model that became small, what stayed in its file
         library.save(model, path)
     else:
         library.save(model, path, external_data=f"{pathlib.Path(path).name}.data")

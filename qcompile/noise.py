@@ -12,7 +12,6 @@ grid over ``x`` and one step for each output of ``W``:
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,6 @@ from qcompile import graph, numerics
 from qcompile.calibrate import Moments
 from qcompile.graph import Layer
 
-FITTED = float(os.environ.get("FITTED", "0.15"))
 Doubles = npt.NDArray[np.float64]
 
 
@@ -55,10 +53,12 @@ class Inputs:
         ``scales`` [K]: the activation is divided by them, and the weights take them back.
         """
         s = np.broadcast_to(np.asarray(scales, np.float64), self.power.shape)
-        levels = numerics.parse_format(weight).high
-        steps = (self.largest * s[:, None]).reshape(self.blocks).max(axis=1) / levels
-        powers = (self.power / s**2).reshape(self.blocks[:2]).sum(axis=1)
-        noise = FITTED * float((steps**2).sum(axis=1) @ powers) / 12 * self.window
+        noise = 0.0
+        if weight != "float":
+            levels = numerics.parse_format(weight).high
+            steps = (self.largest * s[:, None]).reshape(self.blocks).max(axis=1) / levels
+            powers = (self.power / s**2).reshape(self.blocks[:2]).sum(axis=1)
+            noise = float((steps**2).sum(axis=1) @ powers) / 12 * self.window
         if entered != "float":
             form = numerics.parse_format(entered)
             span = max(float((self.high / s).max()), 0.0) - min(float((self.low / s).min()), 0.0)

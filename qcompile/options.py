@@ -13,6 +13,7 @@ from typing import Any, cast
 from qcompile import pipeline, registry, syntax
 from qcompile.backends.base import Target
 from qcompile.errors import CalibrationError, QCompileError
+from qcompile.texts import Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Options:
     * ``preprocess``: what makes images samples (see images.Image), as text; ``state``: pairs
       ``INPUT=OUTPUT,...`` that flow from frame to frame; ``mask``: the input that says which
       positions count; ``shape``: texts ``INPUT=1x3x224x224`` that fix dynamic dimensions of random
-      data, images and profiles.
+      data, images and profiles; ``tokenizer``, ``tokens``: what makes a text samples (see
+      texts.Text).
     * ``allow_float``: accept a result in which nothing is quantized.
     * ``print_after``: pass names (or ``all``) after which the graph is printed;
       ``print_changes``: print the changed lines of every pass; ``snapshots``: a folder for the
@@ -45,6 +47,8 @@ class Options:
     state: str | None = None
     mask: str | None = None
     shape: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    tokens: int | None = None
     seed: int = 0
     jobs: int = 1
     allow_float: bool = False
@@ -71,7 +75,7 @@ class Options:
             raise QCompileError(f"--require-fused is a percentage from 0 to 100, got {least:g}")
         if self.jobs < 1:
             raise QCompileError(f"--jobs is a number of processes, from 1; got {self.jobs}")
-        for what in ("state", "mask"):
+        for what in ("state", "mask", "tokenizer"):
             if getattr(self, what) is not None and self.calib is None:
                 raise CalibrationError(f"--{what} says how to read calibration data: give --calib")
         if self.min_sqnr is not None and math.isnan(self.min_sqnr):
@@ -84,10 +88,20 @@ class Options:
             if getattr(self, what) is not None and getattr(self, other) is None:
                 raise QCompileError(f"--{what.replace('_', '-')} needs --{other}")
 
+    def reading(self) -> Text | None:
+        """How a text becomes samples, if that is what the options say."""
+        if self.tokenizer is None:
+            if self.tokens is not None:
+                raise CalibrationError("--tokens says how to cut a text: give --tokenizer")
+            return None
+        if self.preprocess is not None:
+            raise CalibrationError("--preprocess is for images, --tokenizer for a text")
+        return Text(self.tokenizer, self.tokens)
+
     def data_words(self, target: Target, passes: str) -> list[str]:
         """The options that make the same file of the same model and data by the same passes."""
         words = ["--passes", passes, "--target", str(target)]
-        return words + self._words("preprocess", "state", "mask", "shape")
+        return words + self._words("preprocess", "state", "mask", "shape", "tokenizer", "tokens")
 
     def words(self) -> list[str]:
         """All options of the command line that are not at their default."""

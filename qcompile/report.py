@@ -285,7 +285,7 @@ def _stored_bytes(lowered: ir.Model) -> dict[str, int]:
     for node in lowered.graph:
         for name in graph.origins(node):
             total = 0
-            more = node.op_type in (*graph.RECURRENT, "MatMulNBits")
+            more = node.op_type in (*graph.RECURRENT, "MatMulNBits", "GatherBlockQuantized")
             for value in node.inputs[: 3 if more else 2]:
                 producer = value.producer() if value is not None else None
                 parts = [value] if producer is None else []

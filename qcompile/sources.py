@@ -17,13 +17,14 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from qcompile import archives, capture, images, ports
+from qcompile import archives, capture, images, ports, texts
 from qcompile.archives import LABELS
 from qcompile.errors import CalibrationError, QCompileError
 from qcompile.images import Image
 from qcompile.ports import Port
 from qcompile.sequences import Sample, Samples, State
 from qcompile.spill import Spill
+from qcompile.texts import Text
 
 Array = npt.NDArray[Any]
 
@@ -69,12 +70,14 @@ def load(
     outputs: Sequence[Port] = (),
     log: Callable[[str], None] = lambda _: None,
     labelled: bool = False,
+    text: Text | None = None,
 ) -> Data:
     """Read a source.
 
     Args:
         source: the path of an ``.npz`` (see archives.read) or of a folder of them; that of a
-            folder of images, which ``preprocess`` makes samples of; ``package.module:name`` of an
+            folder of images, which ``preprocess`` makes samples of; that of a file which ``text``
+            makes samples of (see texts.read); ``package.module:name`` of an
             iterable, or of a function that returns one; ``random`` for noise, which calibrates
             nothing and is marked as such; or the iterable itself. An iterable yields samples
             (dicts of arrays) or sequences (lists or iterators of such dicts).
@@ -87,6 +90,7 @@ def load(
         outputs: what the model writes.
         labelled: whether samples may hold an array ``labels`` beside their inputs; images that lie
             in folders have the number of their folder as one, in the order of names.
+        text: how a text becomes samples.
 
     Raises CalibrationError if the source cannot be read or does not fit the model.
     """
@@ -96,15 +100,25 @@ def load(
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
     name = source if isinstance(source, str) else "python"
-    frames = _frames_of(source, inputs, seed, preprocess, state or {}, labelled)
+    if text is not None:
+        frames = _text(source, text, inputs)
+    else:
+        frames = _frames_of(source, inputs, seed, preprocess, state or {}, labelled)
     samples = _collect(frames, name, inputs, state, outputs, log, labelled)
     return Data(name, samples, source == "random")
 
 
 _SOURCES = (
-    "an .npz file, a folder of .npz files or of images, package.module:iterable, or 'random' for "
-    "noise"
+    "an .npz file, a folder of .npz files or of images, a text with --tokenizer, "
+    "package.module:iterable, or 'random' for noise"
 )
+
+
+def _text(source: object, how: Text, inputs: Sequence[Port]) -> Iterator[_Frame]:
+    path = pathlib.Path(source) if isinstance(source, str) else None
+    if path is None or path.suffix == ".npz" or not path.is_file():
+        raise CalibrationError(f"--tokenizer is for a text, and there is no text file {source!r}")
+    return (_Frame(arrays, where) for arrays, where in texts.read(path, how, inputs))
 
 
 def _frames_of(
@@ -160,7 +174,8 @@ def _archive(
     path: pathlib.Path, inputs: Sequence[Port], state: State, labelled: bool
 ) -> Iterator[_Frame]:
     if path.suffix != ".npz":
-        raise CalibrationError(f"{str(path)!r} is no .npz file; a source is {_SOURCES}")
+        hint = "; a text needs --tokenizer tokenizer.json" if path.suffix == ".txt" else ""
+        raise CalibrationError(f"{str(path)!r} is no .npz file; a source is {_SOURCES}{hint}")
     if not path.exists():
         raise CalibrationError(f"there is no file {str(path)!r}")
     return _frames(archives.read(path, inputs, state, labelled), str(path))

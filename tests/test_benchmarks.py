@@ -20,6 +20,17 @@ def test_int8_quick_claims_hold(tmp_path: pathlib.Path) -> None:
     assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []
 
 
+def test_int4_quick_claims_hold(tmp_path: pathlib.Path) -> None:
+    script, result = ROOT / "benchmarks" / "int4.py", tmp_path / "int4.json"
+    command = [sys.executable, str(script), "--quick", "--json", str(result)]
+    subprocess.run(command, check=True, capture_output=True)
+    content = json.loads(result.read_text())
+    assert {(row["work"], row["target"]) for row in content["rows"]} == {
+        ("ViT", "ort-cpu"), ("ViT", "tensorrt-rtx")
+    }  # fmt: skip
+    assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []
+
+
 def test_zoo_quick_claims_hold(tmp_path: pathlib.Path) -> None:
     script, result = ROOT / "benchmarks" / "zoo.py", tmp_path / "zoo.json"
     command = [sys.executable, str(script), "--quick", "--json", str(result)]

@@ -66,6 +66,7 @@ def test_every_rule_has_a_test_here_and_a_reason() -> None:
         "bias-range",
         "gemm-alone",
         "packed-weights",
+        "packed-embeddings",
         "weights",
         "inputs",
         "channels-of-four",
@@ -343,6 +344,22 @@ def test_packed_weights_survive_a_relu_between(tmp_path: pathlib.Path) -> None:
 
 
 # -- weights ------------------------------------------------------------------------------------
+
+
+TABLE = """(int64[N,T] ids) => (float[N,T,32] y) <float[20,32] w> { y = Gather(w, ids) }"""
+
+
+def test_packed_embeddings_stay_packed_in_the_file() -> None:
+    table = "quantize{weight=float input=float embedding=int8}"
+    count, changed, low = act(TABLE, "packed-embeddings", table)
+    assert count == 1
+    assert nodes(changed) == [
+        "-%y: f32[N,T,32] = Gather(%w{int8 axis=0}, %ids)",
+        "+%y: f32[N,T,32] = com.microsoft::GatherBlockQuantized(%w/packed, %ids, %w/scales) "
+        "{bits=8, block_size=32, gather_axis=0, quantize_axis=1}",
+    ]
+    assert graphs.weight(low.model, "w/packed").shape == (20, 32)
+    assert graphs.weight(low.model, "w/scales").shape == (20, 1)
 
 
 def test_weights_become_signed_codes_behind_a_dequantize() -> None:

@@ -143,7 +143,7 @@ def test_calibrating_again_overwrites() -> None:
 def test_a_model_without_layers_is_no_error() -> None:
     assert run(graph(EMPTY), Calibrate(), Quantize()) == [
         {"values": 0, "samples": 4},
-        {"weights": 0, "inputs": 0, "products": 0},
+        {"weights": 0, "inputs": 0, "products": 0, "tables": 0},
     ]
 
 
@@ -161,7 +161,7 @@ def test_quantize_adds_decisions_and_scales_only() -> None:
     model = graph(CHAIN)
     run(model, Calibrate())
     before = text.render(model)
-    assert run(model, Quantize()) == [{"weights": 2, "inputs": 2, "products": 0}]
+    assert run(model, Quantize()) == [{"weights": 2, "inputs": 2, "products": 0, "tables": 0}]
     assert text.changes(before, text.render(model)) == [
         "+w %w1/scale: f32[8]",
         "+w %w2/scale: f32[4]",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
+
+import lowering
 import pytest
 from graphs import assert_same_function, graph
 
@@ -49,10 +52,17 @@ OTHERS = {
     "another factor": """(float[2,8] x) => (float[2,8] y)
         <float r = {1.5}, float one = {1}, float h = {0.5}> {
         u = Div(x, r) e = Erf(u) a = Add(e, one) p = Mul(x, a) y = Mul(p, h) }""",
+    "an inverse that is no root": """(float[2,8] x, float[2,1] z) => (float[2,8] y) {
+        i = Reciprocal(z) y = Mul(x, i) }""",
+    "a root that is read elsewhere": """(float[2,8] x, float[2,1] z)
+        => (float[2,8] y, float[2,1] i) { r = Sqrt(z) i = Reciprocal(r) y = Mul(x, i) }""",
     "a part that is read elsewhere": """(float[2,8] x) => (float[2,8] y, float[2,8] a)
         <float r = {1.41421356}, float one = {1}, float h = {0.5}> {
         u = Div(x, r) e = Erf(u) a = Add(e, one) p = Mul(x, a) y = Mul(p, h) }""",
 }
+RMS = """(float[2,5,8] x) => (float[2,5,8] y) <float two = {2}, float eps = {0.001}, float[8] g> {
+    p = Pow(x, two) m = ReduceMean<axes=[-1]>(p) e = Add(m, eps) r = Sqrt(e) i = Reciprocal(r)
+    n = Mul(x, i) y = Mul(n, g) }"""
 CONSTANTS = "<float r = {1.41421356}, float i = {0.70710678}, float one = {1}, float h = {0.5}>"
 GELUS = [
     "u = Div(x, r) e = Erf(u) a = Add(e, one) p = Mul(x, a) y = Mul(p, h)",
@@ -82,6 +92,16 @@ def test_a_layer_norm_is_recomposed(case: str, opset: int) -> None:
 @pytest.mark.parametrize("source", GELUS)
 def test_a_gelu_is_recomposed(source: str) -> None:
     assert recomposed(f"(float[2,8] x) => (float[2,8] y) {CONSTANTS} {{ {source} }}") == ["Gelu"]
+
+
+def test_an_rms_norm_is_divided_by_its_root(tmp_path: pathlib.Path) -> None:
+    assert recomposed(RMS) == ["Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"]
+    model = graph(RMS, 17)
+    kinds = lowering.operators(lowering.optimized(model, tmp_path))
+    assert "SimplifiedLayerNormalization" not in kinds
+    pipeline.run(model, [Recompose()], Context())
+    kinds = lowering.operators(lowering.optimized(model, tmp_path))
+    assert kinds == ["SimplifiedLayerNormalization"]
 
 
 @pytest.mark.parametrize("source", SWISHES)
