@@ -38,7 +38,7 @@ class SmoothHadamard(Pass):
     rotation, which costs ``block`` MACs an element: Reshape and a [block, block] MatMul, or a
     grouped 1x1 Conv.
 
-    With ``place=pays`` a rotation must win ``min-gain`` of the noise that an activation of 8 bits
+    With ``place=pays`` a rotation must win more than ``min-gain`` of the noise that an activation of 8 bits
     makes in its readers (``noise`` has the formula; ranges of ``x G`` are measured; the noise of
     the weights is left to what fits them). Of those the ones that win most for their MACs are
     taken, up to ``max-cost``. What each would win and cost is logged.
@@ -62,7 +62,7 @@ class SmoothHadamard(Pass):
 
     block: int = 64
     place: Literal["pays", "everywhere"] = "pays"
-    min_gain: float = 0.5
+    min_gain: float = 0.0
     max_cost: float = 5.0
     exclude: tuple[str, ...] = ()
 
@@ -111,7 +111,7 @@ class SmoothHadamard(Pass):
             size = math.prod(shapes.get(place[0].name or "", (0,)))
             cost = 100 * size * self.block / max(whole, 1)
             ctx.log(f"  rotating {place[0].name!r}: {gain:+.1f} dB for {cost:.2f} % of the MACs")
-            if gain >= self.min_gain:
+            if gain > self.min_gain:
                 worth[place] = before[place] - after[place], cost
         taken: set[_Place] = set()
         spent = 0.0
