@@ -166,7 +166,7 @@ def _fold(model: ir.Model, found: Channels, scales: Doubles) -> int:
     for reader in reading:
         layer = reader.layer
         weight = graph.constant(layer.weight.value)
-        factor = _along_input(layer, scales[reader.ids], weight.shape)
+        factor = noise.along_input(layer, scales[reader.ids], weight.shape)
         scaled = (weight.astype(np.float64) * factor).astype(weight.dtype)
         name = f"{layer.weight.value.name}/equalized".replace("/equalized/equalized", "/equalized")
         layer.weight.read_from(graph.add_constant(model, name, scaled))
@@ -175,14 +175,3 @@ def _fold(model: ir.Model, found: Channels, scales: Doubles) -> int:
             value.name = graph.unique(model, f"{value.name}/equalized")
     graph.remove_dead(model)
     return len(reading)
-
-
-def _along_input(layer: graph.Layer, scales: Doubles, shape: tuple[int, ...]) -> Doubles:
-    """``scales`` [K] so that they broadcast to the weight of ``layer``."""
-    if layer.kind == "linear":
-        along = [1] * len(shape)
-        along[layer.reduce_axis] = -1
-        return scales.reshape(along)
-    groups = len(scales) // shape[1]
-    spread = np.repeat(scales.reshape(groups, 1, shape[1]), shape[0] // groups, axis=1)
-    return spread.reshape(shape[0], shape[1], *[1] * (len(shape) - 2))

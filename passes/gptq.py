@@ -11,11 +11,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import scipy.linalg
 
 from qcompile import decisions, graph, numerics, patches
 from qcompile.calibrate import LARGEST_GRAM, Gram
@@ -61,7 +62,7 @@ class Gptq(Pass):
 
     damping: float = 0.01
     samples: int = 64
-    rows: int = 256
+    rows: int = 128
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -198,8 +199,11 @@ def _inverse_factor(matrix: Doubles) -> Doubles:
     ``U`` is the inverse of ``M``.
     """
     upper = np.linalg.cholesky(matrix[..., ::-1, ::-1])[..., ::-1, ::-1]
-    factor = np.triu(np.linalg.inv(upper)).astype(np.float64, copy=False)
-    return factor
+    if len(upper) > 1:  # small ones, of a Conv with groups
+        return np.triu(np.linalg.inv(upper)).astype(np.float64, copy=False)
+    lapack: Any = scipy.linalg.lapack  # untyped
+    factor, _ = lapack.dtrtri(upper[0], lower=0)
+    return np.triu(factor)[None]
 
 
 def _power(error: Doubles, gram: Doubles) -> Doubles:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompile import graph, numerics
+from qcompile import graph, noise, numerics
 from qcompile.errors import PassError
 from qcompile.graph import Layer
 from qcompile.numerics import Floats, Grid, IntFormat, RangeMethod
@@ -34,7 +35,9 @@ class Quantize(Pass):
     * ``weight``, ``input``: a format, int2 to int8, or ``float``.
     * ``granularity``: of weights: one scale a tensor, an output channel, or ``block`` of weights.
     * ``block``: weights along the summed axis of a linear layer that share a scale.
-    * ``method``: how the range of each scale of a weight is searched.
+    * ``method``: how the range of each scale of a weight is searched; ``output`` weighs the error
+      of each weight by the mean square of what it is multiplied with (as the clipping of AWQ, Lin
+      et al., arXiv 2306.00978, does), which needs data.
     * ``attention``: the format of both sides of a product of two activations.
     * ``embedding``: the format of tables whose rows are gathered: one scale a row, or ``block`` of
       a row at 4 bits and below. A table that is the weight of a linear layer as well is decided
@@ -71,6 +74,10 @@ class Quantize(Pass):
     def relies_on(self) -> frozenset[str]:
         """Ranges only if an activation is quantized: weights alone need no data."""
         return self.requires if {self.input, self.attention} != {"float"} else frozenset()
+
+    def needs_data(self) -> bool:
+        """Only to weigh errors by what weights are multiplied with."""
+        return self.method == "output"
 
     def weight_formats(self) -> tuple[str, ...]:
         return (self.weight, self.embedding)
@@ -128,11 +135,15 @@ def decide_weights(model: ir.Model, layers: list[Layer], how: Quantize, ctx: Con
     if not layers:
         return
     form = numerics.parse_format(how.weight)
+    powers = _powers(model, layers, ctx) if how.method == "output" else {}
     # One weight at a time, for a model larger than memory.
     jobs = (
-        (graph.finite_weight(layer).astype(np.float32, copy=False), _axes(layer, how))
+        _Job(
+            graph.finite_weight(layer).astype(np.float32, copy=False), *_axes(layer, how),
+            powers.get(layer.name),
+        )
         for layer in layers
-    )
+    )  # fmt: skip
     search = functools.partial(_grid, form=form, method=how.method)
     quick = how.method == "minmax"
     grids = map(search, jobs) if quick else ctx.map(search, jobs, "weights", len(layers))
@@ -154,8 +165,38 @@ def _axes(layer: Layer, how: Quantize) -> tuple[int | None, int | None]:
     return layer.channel_axis, None
 
 
-def _grid(
-    job: tuple[Floats, tuple[int | None, int | None]], form: IntFormat, method: RangeMethod
-) -> Grid:
-    array, (axis, block) = job
-    return numerics.weight_grid(array, form, axis, block, method=method)
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A weight, axis and block of its scales, and the importance of its elements."""
+
+    array: Floats
+    axis: int | None
+    block: int | None
+    importance: Floats | None
+
+
+def _grid(job: _Job, form: IntFormat, method: RangeMethod) -> Grid:
+    method = "mse" if method == "output" and job.importance is None else method
+    return numerics.weight_grid(
+        job.array, form, job.axis, job.block, method=method, importance=job.importance
+    )
+
+
+# Samples that say what weights are multiplied with.
+_SAMPLES = 64
+
+
+def _powers(model: ir.Model, layers: Sequence[Layer], ctx: Context) -> dict[str, Floats]:
+    """The mean square of what each weight is multiplied with, by layer, to broadcast to it."""
+    read = {
+        layer.name: (layer, layer.input.value.name or "", graph.shape_of(layer.weight.value))
+        for layer in layers
+        if layer.input is not None and layer.kind in ("conv", "depthwise", "linear")
+    }
+    axes = {value: noise.channel_axis(layer) for layer, value, _ in read.values()}
+    moments = ctx.data().moments(model, axes, _SAMPLES)
+    return {
+        name: noise.along_input(layer, moments[value].power.astype(np.float32), shape)
+        for name, (layer, value, shape) in read.items()
+        if shape is not None
+    }

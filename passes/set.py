@@ -53,6 +53,10 @@ class Set(Pass):
         anew = self.input not in ("float", "keep")
         return self.requires if anew else self.requires - {"ranges"}
 
+    def needs_data(self) -> bool:
+        """Only to weigh errors by what weights are multiplied with."""
+        return self.method == "output"
+
     def weight_formats(self) -> tuple[str, ...]:
         return () if self.weight == "keep" else (self.weight,)
 

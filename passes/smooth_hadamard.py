@@ -38,10 +38,10 @@ class SmoothHadamard(Pass):
     rotation, which costs ``block`` MACs an element: Reshape and a [block, block] MatMul, or a
     grouped 1x1 Conv.
 
-    With ``place=pays`` a rotation must win more than ``min-gain`` of the noise that an activation of 8 bits
-    makes in its readers (``noise`` has the formula; ranges of ``x G`` are measured; the noise of
-    the weights is left to what fits them). Of those the ones that win most for their MACs are
-    taken, up to ``max-cost``. What each would win and cost is logged.
+    With ``place=pays`` a rotation must win more than ``min-gain`` of the noise that an activation
+    of 8 bits makes in its readers (``noise`` has the formula; ranges of ``x G`` are measured; the
+    noise of the weights is left to what fits them). Of those the ones that win most for their MACs
+    are taken, up to ``max-cost``. What each would win and cost is logged.
 
     Left alone, and counted: layers whose K is not a multiple of ``block``, inputs of unknown rank,
     and rotations that do not pay. A ``block`` that is no power of two raises PassError.

@@ -12,6 +12,7 @@ grid over ``x`` and one step for each output of ``W``:
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from qcompile.calibrate import Moments
 from qcompile.graph import Layer
 
 Doubles = npt.NDArray[np.float64]
+Number = TypeVar("Number", np.float32, np.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,3 +103,16 @@ def _by_input(layer: Layer, channels: int) -> Doubles:
 def channel_axis(layer: Layer) -> int:
     """The axis of what ``layer`` reads that its channels lie on."""
     return -1 if layer.kind == "linear" else 1
+
+
+def along_input(
+    layer: Layer, each: npt.NDArray[Number], shape: tuple[int, ...]
+) -> npt.NDArray[Number]:
+    """``each`` [K], one number an input channel of ``layer``, to broadcast to its weight."""
+    if layer.kind == "linear":
+        along = [1] * len(shape)
+        along[layer.reduce_axis] = -1
+        return each.reshape(along)
+    groups = len(each) // shape[1]
+    spread = np.repeat(each.reshape(groups, 1, shape[1]), shape[0] // groups, axis=1)
+    return spread.reshape(shape[0], shape[1], *[1] * (len(shape) - 2))

@@ -26,7 +26,7 @@ from qcompile.errors import PassError
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int32]
 Number = TypeVar("Number", np.float32, np.int32)
-RangeMethod = Literal["minmax", "percentile", "mse", "pnorm"]
+RangeMethod = Literal["minmax", "percentile", "mse", "pnorm", "output"]
 RANGE_METHODS: tuple[str, ...] = get_args(RangeMethod)
 # Activations have histograms; entropy needs one.
 ActivationMethod = Literal["minmax", "percentile", "mse", "pnorm", "entropy"]
@@ -191,6 +191,7 @@ def search_range(
     method: RangeMethod = "minmax",
     percentile: float = 99.99,
     power: float = 2.4,
+    importance: Floats | None = None,
 ) -> tuple[Floats, Floats]:
     """The range of each row of ``rows`` [groups, n] as (low [groups], high [groups]).
 
@@ -199,6 +200,7 @@ def search_range(
     * ``mse``: the extremes shrunk by the factor that minimises the mean squared rounding error.
     * ``pnorm``: as ``mse``, for the mean of ``|error| ** power`` (2.4 as in LAPQ, Nahshan et al.,
       arXiv 1911.07190, who search the exponent; 2.4 is our choice).
+    * ``output``: as ``mse``, each squared error times its ``importance`` [groups, n].
     """
     if rows.size == 0:
         zeros = np.zeros(rows.shape[0], np.float32)
@@ -208,18 +210,26 @@ def search_range(
         return low.astype(np.float32), high.astype(np.float32)
     if method == "minmax":
         return rows.min(axis=1), rows.max(axis=1)
-    exponent = 2.0 if method == "mse" else power
+    exponent = power if method == "pnorm" else 2.0
     count = max(1, _CACHED // rows.shape[1])
+    weights = importance if method == "output" else None
     parts = [
-        _shrunk(rows[start : start + count], form, symmetric, exponent)
+        _shrunk(
+            rows[start : start + count], form, symmetric, exponent,
+            None if weights is None else weights[start : start + count],
+        )
         for start in range(0, len(rows), count)
-    ]
+    ]  # fmt: skip
     low, high = zip(*parts, strict=True)
     return np.concatenate(low), np.concatenate(high)
 
 
 def _shrunk(
-    rows: Floats, form: IntFormat, symmetric: bool, exponent: float
+    rows: Floats,
+    form: IntFormat,
+    symmetric: bool,
+    exponent: float,
+    importance: Floats | None,
 ) -> tuple[Floats, Floats]:
     """The extremes of each row, shrunk by the factor with the least ``|error| ** exponent``."""
     low, high = rows.min(axis=1), rows.max(axis=1)
@@ -228,7 +238,8 @@ def _shrunk(
     for shrink in SHRINKS:
         scale, zero = affine(low * shrink, high * shrink, form, symmetric)
         error = np.abs(Grid(form, scale, zero, axis=0).round_trip(rows) - rows)
-        loss = np.mean(error.astype(np.float64) ** exponent, axis=1)
+        losses = error.astype(np.float64) ** exponent
+        loss = np.mean(losses if importance is None else losses * importance, axis=1)
         better = loss < best
         best[better] = loss[better]
         best_low[better] = low[better] * np.float32(shrink)
@@ -243,13 +254,19 @@ def weight_grid(
     block: int | None = None,
     symmetric: bool = True,
     method: RangeMethod = "minmax",
+    importance: Floats | None = None,
 ) -> Grid:
     """The grid of a weight, one scale a tensor (``axis`` None), channel or block of ``axis``.
+
+    ``importance``, for ``method=output``, broadcasts to the weight.
 
     Raises PassError if ``block`` does not divide the axis.
     """
     rows, shape = to_rows(weight, axis, block)
-    low, high = search_range(rows, form, symmetric, method)
+    counts: Floats | None = None
+    if importance is not None:
+        counts, _ = to_rows(np.broadcast_to(importance, weight.shape), axis, block)
+    low, high = search_range(rows, form, symmetric, method, importance=counts)
     scale, zero = affine(low, high, form, symmetric)
     return Grid(form, scale.reshape(shape), zero.reshape(shape), axis, block)
 
