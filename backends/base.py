@@ -64,11 +64,26 @@ def rules(*functions: Callable[[Lowering], int]) -> tuple[Rule, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What the kernels of a runtime take on one machine, for rules that depend on it.
+
+    * ``activations``: the format of 8-bit activations.
+    * ``widest``: the most bits of a weight that an int8 activation is multiplied with.
+    * ``alone``: the bits that weights with a float input may be stored in, in blocks.
+    """
+
+    activations: IntFormat = IntFormat(8, signed=False)  # noqa: RUF009 (frozen)
+    widest: int = 8
+    alone: tuple[int, ...] = (4, 8)
+
+
+@dataclasses.dataclass(frozen=True)
 class Target(abc.ABC):
     """A runtime that a decided model is lowered to. The fields of a subclass are its options.
 
     * ``weight_formats``: for layers whose input is quantized as well, or weight-only.
     * ``input_formats``: of activations.
+    * ``scales``: where the scale of an activation may come from (see TensorSpec.scale_from).
     * ``dialect``: the rules, in order.
     * ``newest_opset``: the highest that the runtime reads.
     """
@@ -76,6 +91,7 @@ class Target(abc.ABC):
     name: ClassVar[str]
     weight_formats: ClassVar[tuple[str, ...]]
     input_formats: ClassVar[tuple[str, ...]]
+    scales: ClassVar[tuple[str, ...]] = ("static",)
     dialect: ClassVar[tuple[Rule, ...]]
     newest_opset: ClassVar[int]
 
@@ -87,19 +103,35 @@ class Target(abc.ABC):
         """Raise TargetError if activations of ``form`` cannot be held."""
         self._refuse(form, self.input_formats, "activations", where)
 
+    def refuse_scale(self, scale_from: str, where: str) -> None:
+        """Raise TargetError if the scale of an activation cannot come from ``scale_from``."""
+        if scale_from not in self.scales:
+            raise TargetError(
+                f"{self.name} holds no scales of activations taken from the {scale_from} at run time "
+                f"(asked for by {where}); it holds {', '.join(self.scales)} ones"
+            )
+
     def _refuse(self, form: str, held: Sequence[str], what: str, where: str) -> None:
         if form not in (*held, "float"):
             raise TargetError(
-                f"{self} holds no {form} {what} (asked for by {where}); "
+                f"{self.name} holds no {form} {what} (asked for by {where}); "
                 f"it holds {', '.join(held) or 'float alone'}"
             )
 
     def lower(self, model: ir.Model) -> dict[str, int]:
         """Turn the decisions of ``model`` into this dialect, in place; counts by rule."""
-        lowering = Lowering(model)
+        lowering = Lowering(model, self.kernels())
         counts = {rule.name: rule.apply(lowering) for rule in self.dialect}
-        lowering.finish(self.newest_opset)
+        lowering.finish(self.reads_opset())
         return counts
+
+    def kernels(self) -> Kernels:
+        """What the kernels take, for the options of this target."""
+        return Kernels()
+
+    def reads_opset(self) -> int:
+        """The highest opset that is read, for the options of this target."""
+        return self.newest_opset
 
     @abc.abstractmethod
     def available(self) -> None:
@@ -130,8 +162,9 @@ class Lowering:
     longer found by ``graph.layers``.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, kernels: Kernels | None = None) -> None:
         self.model = model
+        self.kernels = kernels or Kernels()
         self.layers: list[Layer] = list(graph.layers(model))
         self.input_grids: dict[ir.Node, Grid] = {}
         self.weight_grids: dict[ir.Node, Grid] = {}
@@ -169,16 +202,19 @@ class Lowering:
                 count += 1
         return count
 
-    def store_inputs(self, grid_for: Callable[[tuple[float, float]], Grid]) -> int:
-        """Put a pair in front of every decided activation, on the grid of its range; how many."""
+    def store_inputs(self, grid_for: Callable[[TensorSpec, tuple[float, float]], Grid]) -> int:
+        """Put a pair in front of every activation with a static scale; how many.
+
+        ``grid_for`` is given the decision and the range of the activation.
+        """
         count = 0
         for layer in self.decided():
             uses = [layer.input, layer.weight] if layer.kind == "attention" else [layer.input]
             for use in uses:
                 found = None if use is None else activation_range(self.model, use.value)
-                if use is None or use.spec is None or found is None:
+                if use is None or use.spec is None or found is None or not use.spec.range:
                     continue
-                self.input_grids[layer.node] = grid_for(found)
+                self.input_grids[layer.node] = grid_for(use.spec, found)
                 use.read_from(self.pair(use.value, self.input_grids[layer.node]))
                 count += 1
         return count
@@ -335,10 +371,18 @@ class Lowering:
                 taken[ids] = taken.get(ids, 0) + 1
         graph.clear_ranges(self.model)
         graph.remove_dead(self.model)
-        small = {ir.DataType.INT4, ir.DataType.UINT4}
+        small = {ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT16, ir.DataType.UINT16}
         dtypes = {v.dtype for v in self.model.graph.initializers.values()}
         blocks = any("block_size" in node.attributes for node in self.model.graph)
-        opset.raise_to(self.model, 21 if dtypes & small or blocks else 0, newest_opset)
+        needed = 21 if dtypes & small or blocks else 0
+        opset.raise_to(self.model, needed, newest_opset)
+        opset.lower_format(self.model, newest_opset)
+
+
+def affine(form: IntFormat, found: tuple[float, float]) -> Grid:
+    """The grid of ``form`` for a range; zero is its lowest code where nothing is negative."""
+    scale, zero = numerics.affine(*found, form, symmetric=False)
+    return Grid(form, scale, zero)
 
 
 def activation_range(model: ir.Model, value: ir.Value) -> tuple[float, float] | None:

@@ -130,7 +130,7 @@ def weights(low: Lowering) -> int:
 
 def inputs(low: Lowering) -> int:
     """Give each quantized input a symmetric int8 grid: the larger end of its range over 127."""
-    return low.store_inputs(lambda found: symmetric(*found))
+    return low.store_inputs(lambda _, found: symmetric(*found))
 
 
 def residual(low: Lowering) -> int:

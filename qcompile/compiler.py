@@ -130,6 +130,8 @@ def compile(
     return Compiler(Options(**options)).run(source, pathlib.Path(out))
 
 
+# Each stands for a quantized layer of a lowered graph.
+_QUANTIZED = frozenset(("DequantizeLinear", "MatMulNBits", "MatMulIntegerToFloat"))
 # What the file system says that the user can put right.
 _OF_THE_SYSTEM = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE,
@@ -493,7 +495,7 @@ class Compiler:
             execute.save(model, stem.with_suffix(".onnx"))
 
     def _refuse_float(self, model: ir.Model) -> None:
-        quantized = any(n.op_type in ("DequantizeLinear", "MatMulNBits") for n in model.graph)
+        quantized = any(n.op_type in _QUANTIZED for n in model.graph)
         if quantized or self.options.allow_float:
             return
         raise PassError(

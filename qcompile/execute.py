@@ -73,6 +73,7 @@ class Session:
         if not isinstance(model, ir.Model):
             return os.fspath(model)
         if weight_bytes(model) < _IN_MEMORY_BYTES:
+            read_external(model)  # bytes have no folder that a file of weights could be in
             return ir.to_proto(model).SerializeToString()
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompile-"))
         path = pathlib.Path(folder) / "model.onnx"
@@ -92,13 +93,17 @@ class Session:
         return dict(zip(names, results, strict=True))
 
 
-def optimize(path: pathlib.Path, optimized: pathlib.Path) -> None:
+def optimize(
+    path: pathlib.Path, optimized: pathlib.Path, settings: Mapping[str, str] | None = None
+) -> None:
     """Write what ONNX Runtime makes of the file ``path`` to ``optimized``.
 
-    In a process of its own: the weights of both are in its memory, and go with it. Raises
-    TargetError if the runtime refuses the model, or crashes.
+    ``settings`` are entries of the configuration of the session. In a process of its own: the
+    weights of both are in its memory, and go with it. Raises TargetError if the runtime refuses the
+    model, or crashes.
     """
-    done = _apart(_OPTIMIZE, path, optimized)
+    words = [f"{key}={value}" for key, value in (settings or {}).items()]
+    done = _apart(_OPTIMIZE, path, optimized, *words)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise TargetError(f"ONNX Runtime refuses the model: {reason(RuntimeError(lines[-1]))}")
@@ -129,10 +134,10 @@ def survive(model: ir.Model, feeds: Feeds) -> None:
 
 
 def _apart(
-    code: str, *words: pathlib.Path, patience: float | None = None
+    code: str, *words: pathlib.Path | str, patience: float | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run Python in a process of its own; raise TargetError if a signal ends it."""
-    command = [sys.executable, "-c", code, *map(os.fspath, words)]
+    command = [sys.executable, "-c", code, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
     if done.returncode < 0:
         died = signal.Signals(-done.returncode).name
@@ -161,12 +166,13 @@ import onnxruntime
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 4
 options.optimized_model_filepath = sys.argv[2]
-for key, value in (
-    ("disable_prepacking", "1"),
-    ("optimized_model_external_initializers_file_name", "optimized.data"),
-    ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
+for entry in (
+    "session.disable_prepacking=1",
+    "session.optimized_model_external_initializers_file_name=optimized.data",
+    "session.optimized_model_external_initializers_min_size_in_bytes=1024",
+    *sys.argv[3:],
 ):
-    options.add_session_config_entry(f"session.{key}", value)
+    options.add_session_config_entry(*entry.split("="))
 onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 """
 
@@ -203,6 +209,7 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """Write ``model`` to ``path``; large models keep their weights in ``<path>.data`` beside it."""
     library: Any = ir  # partly untyped
     if weight_bytes(model) < _IN_MEMORY_BYTES:
+        read_external(model)  # what was large as captured is small as integers
         library.save(model, path)
     else:
         library.save(model, path, external_data=f"{pathlib.Path(path).name}.data")

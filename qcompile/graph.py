@@ -469,8 +469,10 @@ def insert(
     behind: ir.Value | None = None,
     like: ir.Value | None = None,
     role: str = "",
+    outputs: int = 1,
+    domain: str = "",
 ) -> ir.Value:
-    """Insert a node with one output and return that output.
+    """Insert a node with ``outputs`` outputs and return the first.
 
     It stands before the node ``before``, or right behind what writes the value ``behind``.
     ``output`` names the value (made unique; the node gets the same name); ``like`` is a value whose
@@ -480,11 +482,11 @@ def insert(
     if like is not None:
         value.type, value.shape = like.type, like.shape
     node = ir.Node(
-        "",
+        domain,
         op_type,
         inputs,
         attributes=ir.convenience.convert_attributes(attributes or {}),
-        outputs=[value],
+        outputs=[value, *(ir.Value(name=unique(model, output)) for _ in range(outputs - 1))],
         name=unique_node(model, value.name or output),
     )
     if role:

@@ -73,6 +73,10 @@ class Pass(abc.ABC):
         """The activation formats that this pass will ask for."""
         return ()
 
+    def scales(self) -> tuple[str, ...]:
+        """Where this pass wants scales of activations from, beside ``static``."""
+        return ()
+
     def __str__(self) -> str:
         return syntax.render(self.name, self)
 
@@ -149,7 +153,8 @@ def check(passes: Sequence[Pass], targets: Sequence[Target]) -> None:
     """Raise QCompileError for what cannot work, before anything runs.
 
     Words: the order of the passes. Extras: packages that a pass needs. Targets: each weight and
-    activation format that a pass will ask for must be one that the target can hold.
+    activation format, and each scale taken at run time, that a pass will ask for must be one that
+    the target can hold.
     """
     problem = _first_problem(passes)
     if problem is not None:
@@ -168,6 +173,8 @@ def check(passes: Sequence[Pass], targets: Sequence[Target]) -> None:
                 target.refuse_weight(form, str(step))
             for form in step.input_formats():
                 target.refuse_input(form, str(step))
+            for scale in step.scales():
+                target.refuse_scale(scale, str(step))
 
 
 def _first_problem(passes: Sequence[Pass]) -> tuple[Pass, str | None, Pass | None] | None:

@@ -14,7 +14,7 @@ from lowering import Array
 
 from qcompile import execute, graph, numerics, spec, text, verify
 from qcompile.backends import ort_rules
-from qcompile.backends.base import Lowering
+from qcompile.backends.base import Lowering, affine
 from qcompile.backends.onnxruntime import OrtCpu
 
 CONV = """(float[N,4,8,8] x) => (float[N,8,6,6] y) <float[8,4,3,3] w, float[8] b> {
@@ -190,7 +190,8 @@ def test_bias_range_widens_the_scale_of_the_channel_that_would_overflow() -> Non
     assert layer.input is not None
     found = graph.range_of(low.model, layer.input.value)
     assert found is not None
-    steps = np.abs(bias) / (float(ort_rules.unsigned(*found).scale) * after)
+    grid = affine(low.kernels.activations, found)
+    steps = np.abs(bias) / (float(grid.scale) * after)
     assert steps.max() == pytest.approx(2.0**30, rel=1e-5)
 
 
