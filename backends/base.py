@@ -107,8 +107,8 @@ class Target(abc.ABC):
         """Raise TargetError if the scale of an activation cannot come from ``scale_from``."""
         if scale_from not in self.scales:
             raise TargetError(
-                f"{self.name} holds no scales of activations taken from the {scale_from} at run time "
-                f"(asked for by {where}); it holds {', '.join(self.scales)} ones"
+                f"{self.name} takes no scale of an activation from the {scale_from} at run time "
+                f"(asked for by {where}); it has {', '.join(self.scales)} ones"
             )
 
     def _refuse(self, form: str, held: Sequence[str], what: str, where: str) -> None:
@@ -146,6 +146,16 @@ class Target(abc.ABC):
     @abc.abstractmethod
     def prove(self, model: ir.Model, folder: pathlib.Path) -> dict[str, Ran]:
         """How each captured layer of the lowered ``model`` runs in what ``emit`` wrote."""
+
+    def check_measure(self) -> None:
+        """Raise TargetError if this machine is not the one that the target is for."""
+        raise TargetError(f"{self.name} does not run here: --measure has nothing to measure")
+
+    def measure(
+        self, decided: ir.Model, calibration: Calibration, log: Callable[[str], None]
+    ) -> list[str]:
+        """The passes, as text, that make ``decided`` faster on this machine; see --measure."""
+        raise NotImplementedError
 
     def notes(self, model: ir.Model) -> list[str]:
         """What the user must know of what ``emit`` wrote of the lowered ``model``."""

@@ -7,14 +7,16 @@ import pathlib
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
 from qcompile import execute, graph
-from qcompile.backends import ort_isa, ort_rules
+from qcompile.backends import ort_isa, ort_measure, ort_rules
 from qcompile.backends.base import Kernels, Ran, Rule, Target, float_in_file, together, why_float
 from qcompile.backends.ort_isa import Isa
+from qcompile.errors import TargetError
 
 if TYPE_CHECKING:
     from qcompile.calibrate import Calibration
@@ -82,6 +84,18 @@ class OrtCpu(Target):
         path = folder / "model.onnx"
         execute.save(model, path)
         return path
+
+    def check_measure(self) -> None:
+        if self.isa != ort_isa.machine():
+            raise TargetError(
+                f"--measure measures this machine, which is {ort_isa.machine()}, not {self.isa}"
+            )
+
+    def measure(
+        self, decided: ir.Model, calibration: Calibration, log: Callable[[str], None]
+    ) -> list[str]:
+        """Time the layers in float and in integers, and take the faster (see ort_measure)."""
+        return ort_measure.choose(decided, self, calibration, log).texts()
 
     def prove(self, model: ir.Model, folder: pathlib.Path) -> dict[str, Ran]:
         """Open the graph as the runtime optimized it and find each layer's kernel by node name."""

@@ -47,6 +47,7 @@ def compile_command(
     jobs: int = 1,
     require_fused: float | None = None,
     latency: bool = False,
+    measure: bool = False,
     requantize: bool = False,
     resume: bool = False,
     print_after: Annotated[tuple[str, ...], Parameter(negative="")] = (),
@@ -91,6 +92,8 @@ def compile_command(
         Exit with 3 unless this percentage of the MACs runs in integers, by proof.
     latency
         Measure latency against float, interleaved, one thread (ort-cpu).
+    measure
+        Time layers on this machine in float and in integers and take the faster (ort-cpu).
     requantize
         Take the Q/DQ pairs of a model away first that is quantized already.
     resume
@@ -114,7 +117,7 @@ def compile_command(
         passes=passes, targets=target, calib=calib, preprocess=preprocess, state=state, mask=mask,
         shape=shape, seed=seed, jobs=jobs, allow_float=allow_float,
         check_numerics=check_numerics, verify=verify, print_after=print_after,
-        print_changes=print_changes, snapshots=snapshots, latency=latency,
+        print_changes=print_changes, snapshots=snapshots, latency=latency, measure=measure,
         require_fused=require_fused, requantize=requantize, resume=resume,
         log=_log, progress=_progress,
     )  # fmt: skip

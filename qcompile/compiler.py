@@ -76,6 +76,7 @@ class Options:
       graph after each pass.
     * ``require_fused``: percentage of the MACs that must run below float precision, by proof.
     * ``latency``: measure latency against float, interleaved (``ort-cpu`` only).
+    * ``measure``: time layers on this machine and take the faster decision (``ort-cpu`` only).
     * ``requantize``: take the Q/DQ of a model away that is quantized already.
     * ``resume``: keep the state after every pass, and go on from what a killed run left.
     """
@@ -97,6 +98,7 @@ class Options:
     print_changes: bool = False
     snapshots: pathlib.Path | None = None
     latency: bool = False
+    measure: bool = False
     requantize: bool = False
     resume: bool = False
     log: Callable[[str], None] = pipeline.silent
@@ -169,6 +171,10 @@ class Compiler:
             )
         for target in self.targets:
             target.available()
+            if options.measure:
+                target.check_measure()
+        if options.measure and options.calib is None:
+            raise CalibrationError("--measure runs the model on calibration data: give --calib")
         known = {p.name for p in self.passes} | {"all"}
         for name in options.print_after:
             if name not in known:
@@ -336,22 +342,39 @@ class Compiler:
             if "lowered" in step.produces:
                 decided = model
 
-        model, steps = self._through(model, passes, context, judge, place, position, keys, before)
+        chosen: list[Pass] = []
+        steps: list[Step] = []
+        if self.options.measure and context.calibration is not None:
+            first = passes[:last]
+            model, steps = self._through(model, first, context, judge, place, position, keys)
+            texts = target.measure(model, context.calibration, self.options.log)
+            chosen = pipeline.parse(",".join(texts), registry.passes()) if texts else []
+            passes, keys, position = [*chosen, *passes[last:]], [], position + last
+        model, more = self._through(model, passes, context, judge, place, position, keys, before)
+        steps = [*steps, *more]
         self._part = crash.Part(model, "", str(target), context.calibration)
         self._refuse_float(model)
         assert context.reference is not None
-        stamp(model, self.text, target, self.options.seed, context.calibration)
+        words = self._text_with(chosen)
+        stamp(model, words, target, self.options.seed, context.calibration)
         main = target.emit(model, folder, context.calibration)
         finished = self._report(
-            name, context, target, decided, model, main, [*shared, *steps], judge
+            name, context, target, decided, model, main, [*shared, *steps], judge, words
         )
         (folder / "report.json").write_text(finished.to_json())
-        (folder / "pipeline.txt").write_text(self._command(target))
+        (folder / "pipeline.txt").write_text(self._command(target, words))
         return Compiled(model, finished, folder)
 
-    def _command(self, target: Target) -> str:
+    def _text_with(self, chosen: Sequence[Pass]) -> str:
+        """The pipeline with the passes that were ``chosen`` by measurement before the lowering."""
+        if not chosen:
+            return self.text
+        last = next(i for i, p in enumerate(self.passes) if "lowered" in p.produces)
+        return pipeline.to_text([*self.passes[:last], *chosen, *self.passes[last:]])
+
+    def _command(self, target: Target, passes: str) -> str:
         """The options that make the same file of the same model and data."""
-        options, words = self.options, ["--passes", self.text, "--target", str(target)]
+        options, words = self.options, ["--passes", passes, "--target", str(target)]
         for what in ("preprocess", "state", "mask"):
             given: str | None = getattr(options, what)
             words += [] if given is None else [f"--{what}", given]
@@ -369,6 +392,7 @@ class Compiler:
         main: pathlib.Path,
         steps: Sequence[Step],
         judge: simulate.Judge | None,
+        words: str,
     ) -> Report:
         calibration, reference = context.calibration, context.reference
         assert reference is not None
@@ -404,7 +428,7 @@ class Compiler:
         warnings = _warnings(calibration, outputs, size, latency)
         return Report(
             model=name,
-            pipeline=self.text,
+            pipeline=words,
             target=str(target),
             seed=self.options.seed,
             versions=report.versions(),

@@ -12,6 +12,7 @@ import fnmatch
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -235,6 +236,11 @@ def select(model: ir.Model, globs: Sequence[str], option: str) -> list[Layer]:
             hint = nearest(glob, names) if len(names) <= 12 else nearest(glob, names).split("?")[0]
             raise PassError(f"{option}={glob} matches no layer; {hint}")
     return [layer for layer in known if any(matches(layer.node, glob) for glob in globs)]
+
+
+def glob_of(name: str) -> str:
+    """A glob that matches ``name`` and can stand in the text of an option."""
+    return re.sub(r"[\[*?]", r"[\g<0>]", re.sub(r"[\s,{}]", "?", name)).replace("[?]", "?")
 
 
 def matches(node: ir.Node, glob: str) -> bool:
