@@ -452,9 +452,13 @@ def no_dialect_holds(model: ir.Model, layer: Layer) -> str:
 
 
 def float_in_file(node: ir.Node) -> bool:
-    """Whether no input of ``node`` was dequantized: then no runtime lowers it further."""
-    writers = [v.producer() for v in node.inputs[:2] if v is not None]
-    return not any(w is not None and w.op_type == "DequantizeLinear" for w in writers)
+    """Whether the weight of ``node`` was not dequantized: then no runtime lowers it further."""
+    if node.domain not in ("", "ai.onnx"):
+        return False
+    index = 0 if node.op_type == "Gather" else 1
+    weight = node.inputs[index] if len(node.inputs) > index else None
+    writer = weight.producer() if weight is not None else None
+    return writer is None or writer.op_type != "DequantizeLinear"
 
 
 def why_float(node: ir.Node, otherwise: str) -> str:

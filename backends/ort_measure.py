@@ -64,14 +64,14 @@ def choose(
     plain = changed(decided, Choice(float=tuple(layer.name for layer in layers)))
     floats = _profile(plain, target, sample, decided)
     integers = _profile(decided, target, sample, decided)
-    cut = _cut(decided, layers, floats, integers, calibration.shapes(decided))
+    left = cut(decided, layers, floats, integers, calibration.shapes(decided))
     linear = [layer.name for layer in layers if _may_stand_alone(layer)]
     alone: tuple[str, ...] = ()
     if linear:
         weights = _profile(changed(decided, Choice(alone=tuple(linear))), target, sample, decided)
-        best = {n: min(floats.node(n) if n in cut else integers.node(n), math.inf) for n in linear}
+        best = {n: min(floats.node(n) if n in left else integers.node(n), math.inf) for n in linear}
         alone = tuple(n for n in linear if weights.node(n) < (1 - 5 * MARGIN) * best[n])
-    found = Choice(tuple(sorted(cut - set(alone))), alone)
+    found = Choice(tuple(sorted(left - set(alone))), alone)
     log(f"measured: {len(found.float)} of {len(layers)} layers faster in float, {len(alone)} alone")
     candidates = [asked] if found == asked else [found, asked]
     return _fastest(decided, target, plain, candidates, calibration, log)
@@ -140,7 +140,7 @@ def _profile(
 _INTEGERS, _FLOAT = "integers", "float"
 
 
-def _cut(
+def cut(
     model: ir.Model,
     layers: Sequence[Layer],
     floats: Profile,
@@ -153,19 +153,19 @@ def _cut(
     writes = {layer.node for layer in layers if layer.kind in ("conv", "depthwise")} | follows
     whole = {n for n in model.graph if n in decided or n in follows}
     rate = integers.conversions / max(_borders(model, decided, writes, whole, shapes), 1)
-    cut: nx.DiGraph[str] = nx.DiGraph()
-    cut.add_nodes_from((_INTEGERS, _FLOAT))
+    network: nx.DiGraph[str] = nx.DiGraph()
+    network.add_nodes_from((_INTEGERS, _FLOAT))
     for node in whole:
         name = node.name or ""
-        cut.add_edge(_INTEGERS, name, capacity=floats.node(name))
-        cut.add_edge(name, _FLOAT, capacity=integers.node(name))
+        network.add_edge(_INTEGERS, name, capacity=floats.node(name))
+        network.add_edge(name, _FLOAT, capacity=integers.node(name))
         if node in follows:
             for value in node.inputs:
                 writer = value.producer() if value is not None else None
                 if value is None or graph.is_constant(value):
                     continue
                 known = writer is not None and writer in writes
-                cut.add_edge(name, (writer.name or "") if known and writer else _FLOAT)
+                network.add_edge(name, (writer.name or "") if known and writer else _FLOAT)
     for value in _values(model):
         size = rate * math.prod(shapes.get(value.name or "", ()))
         writer = value.producer()
@@ -175,12 +175,12 @@ def _cut(
         ends = [node.name or "" for node in inside] + ([_FLOAT] if outside else [])
         out, back = f"from {value.name}", f"to {value.name}"
         if source != _FLOAT:
-            cut.add_edge(source, out, capacity=size)
-            cut.add_edges_from((out, end) for end in ends)  # without a capacity: never cut
-        cut.add_edge(back, source, capacity=size)
-        cut.add_edges_from((end, back) for end in ends if end != _FLOAT)
+            network.add_edge(source, out, capacity=size)
+            network.add_edges_from((out, end) for end in ends)  # without a capacity: never cut
+        network.add_edge(back, source, capacity=size)
+        network.add_edges_from((end, back) for end in ends if end != _FLOAT)
     library: Any = nx  # partly untyped
-    sides: tuple[set[str], set[str]] = library.minimum_cut(cut, _INTEGERS, _FLOAT)[1]
+    sides: tuple[set[str], set[str]] = library.minimum_cut(network, _INTEGERS, _FLOAT)[1]
     return {layer.name for layer in layers} - sides[0]
 
 

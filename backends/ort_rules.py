@@ -10,6 +10,7 @@ could fuse into a float Gemm. Each rule says what it does and why. Those of weig
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -250,9 +251,15 @@ def between(low: Lowering) -> int:
         found = activation_range(low.model, value)
         if found is None or low.grid_of(value) is not None:
             continue
-        low.pair_for_all(value, affine(low.kernels.activations, found))
+        low.pair_for_all(value, affine(_widest(low, read), found))
         count += 1
     return count
+
+
+def _widest(low: Lowering, values: Iterable[ir.Value]) -> IntFormat:
+    """The format of the most bits among the grids of ``values``."""
+    grids = [grid for value in values if (grid := low.grid_of(value)) is not None]
+    return max((grid.format for grid in grids), key=lambda form: form.bits)
 
 
 _BETWEEN = frozenset(("Add", "Concat", "AveragePool", "GlobalAveragePool"))

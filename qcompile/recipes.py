@@ -8,6 +8,7 @@ from qcompile.errors import QCompileError, nearest
 
 RECIPES = {
     "int8": "simplify,recompose,fold-bn,calibrate,quantize,insert-qdq",
+    "int8-dynamic": "simplify,recompose,fold-bn,quantize{scale=dynamic},insert-qdq",
     "int8-rotated": "simplify,recompose,fold-bn,smooth-hadamard,calibrate,quantize,insert-qdq",
 }
 
