@@ -134,7 +134,9 @@ def test_names_round_trip(form: IntFormat) -> None:
     assert numerics.parse_format(str(form)) == form
 
 
-@pytest.mark.parametrize("text", ["int9", "int1", "float", "", "INT8", "int8 ", "uint", "int16"])
+@pytest.mark.parametrize(
+    "text", ["int9", "int1", "float", "", "INT8", "int8 ", "uint", "int12", "int32"]
+)
 def test_unknown_formats_are_rejected(text: str) -> None:
     with pytest.raises(PassError, match=r"unknown format .*known are int2 to int8"):
         numerics.parse_format(text)
