@@ -284,10 +284,10 @@ def test_dynamic_inputs_take_their_scale_from_the_tensor() -> None:
         "+%x/dynamic: u8[N,3,8], %x/dynamic.1: f32[], %x/dynamic.2: u8[] ="
         " DynamicQuantizeLinear(%x)"
     )
-    assert made[-1] == (
+    assert (
         "+%y: f32[N,3,4] = com.microsoft::MatMulIntegerToFloat(%x/dynamic, %w/codes,"
         " %x/dynamic.1, %w/scale, %x/dynamic.2, %w/zero_point, %b/flat)"
-    )
+    ) in made
     assert not any(name.endswith("/range") for name in low.model.graph.initializers)
 
 
