@@ -64,11 +64,26 @@ def rules(*functions: Callable[[Lowering], int]) -> tuple[Rule, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What the kernels of a runtime take on one machine, for rules that depend on it.
+
+    * ``activations``: the format of 8-bit activations.
+    * ``widest``: the most bits of a weight that an int8 activation is multiplied with.
+    * ``alone``: the bits that weights with a float input may be stored in, in blocks.
+    """
+
+    activations: IntFormat = IntFormat(8, signed=False)  # noqa: RUF009 (frozen)
+    widest: int = 8
+    alone: tuple[int, ...] = (4, 8)
+
+
+@dataclasses.dataclass(frozen=True)
 class Target(abc.ABC):
     """A runtime that a decided model is lowered to. The fields of a subclass are its options.
 
     * ``weight_formats``: for layers whose input is quantized as well, or weight-only.
     * ``input_formats``: of activations.
+    * ``scales``: where the scale of an activation may come from (see TensorSpec.scale_from).
     * ``dialect``: the rules, in order.
     * ``float_formats``: half floats that the runtime computes in, or reads at least.
     * ``newest_opset``: the highest that the runtime reads.
@@ -79,6 +94,7 @@ class Target(abc.ABC):
     name: ClassVar[str]
     weight_formats: ClassVar[tuple[str, ...]]
     input_formats: ClassVar[tuple[str, ...]]
+    scales: ClassVar[tuple[str, ...]] = ("static",)
     dialect: ClassVar[tuple[Rule, ...]]
     newest_opset: ClassVar[int]
     float_formats: ClassVar[tuple[str, ...]] = ()
@@ -97,19 +113,31 @@ class Target(abc.ABC):
         """Raise TargetError if the runtime cannot compute in ``form``."""
         self._refuse(form, self.float_formats, "floats", where)
 
+    def refuse_scale(self, scale_from: str, where: str) -> None:
+        """Raise TargetError if the scale of an activation cannot come from ``scale_from``."""
+        if scale_from not in self.scales:
+            raise TargetError(
+                f"{self.name} takes no scale of an activation from the {scale_from} at run time "
+                f"(asked for by {where}); it has {', '.join(self.scales)} ones"
+            )
+
     def _refuse(self, form: str, held: Sequence[str], what: str, where: str) -> None:
         if form not in (*held, "float"):
             raise TargetError(
-                f"{self} holds no {form} {what} (asked for by {where}); "
+                f"{self.name} holds no {form} {what} (asked for by {where}); "
                 f"it holds {', '.join(held) or 'float alone'}"
             )
 
     def lower(self, model: ir.Model) -> dict[str, int]:
         """Turn the decisions of ``model`` into this dialect, in place; counts by rule."""
-        lowering = Lowering(model)
+        lowering = Lowering(model, self.kernels())
         counts = {rule.name: rule.apply(lowering) for rule in self.dialect}
         lowering.finish(self.opset_limit())
         return counts
+
+    def kernels(self) -> Kernels:
+        """What the kernels take, for the options of this target."""
+        return Kernels()
 
     def opset_limit(self) -> int:
         """The highest opset that the runtime reads, with the options of this target."""
@@ -133,6 +161,16 @@ class Target(abc.ABC):
     def prove(self, model: ir.Model, folder: pathlib.Path) -> dict[str, Ran]:
         """How each captured layer of the lowered ``model`` runs in what ``emit`` wrote."""
 
+    def check_measure(self) -> None:
+        """Raise TargetError if this machine is not the one that the target is for."""
+        raise TargetError(f"{self.name} does not run here: --measure has nothing to measure")
+
+    def measure(
+        self, decided: ir.Model, calibration: Calibration, log: Callable[[str], None]
+    ) -> list[str]:
+        """The passes, as text, that make ``decided`` faster on this machine; see --measure."""
+        raise NotImplementedError
+
     def notes(self, model: ir.Model, folder: pathlib.Path) -> list[str]:
         """What the user must know of what ``emit`` wrote of the lowered ``model``."""
         return []
@@ -148,8 +186,9 @@ class Lowering:
     longer found by ``graph.layers``.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, kernels: Kernels | None = None) -> None:
         self.model = model
+        self.kernels = kernels or Kernels()
         self.layers: list[Layer] = list(graph.layers(model))
         self.input_grids: dict[ir.Node, Grid] = {}
         self.weight_grids: dict[ir.Node, Grid] = {}
@@ -192,16 +231,19 @@ class Lowering:
                 count += 1
         return count
 
-    def store_inputs(self, grid_for: Callable[[tuple[float, float]], Grid]) -> int:
-        """Put a pair in front of every decided activation, on the grid of its range; how many."""
+    def store_inputs(self, grid_for: Callable[[TensorSpec, tuple[float, float]], Grid]) -> int:
+        """Put a pair in front of every activation with a static scale; how many.
+
+        ``grid_for`` is given the decision and the range of the activation.
+        """
         count = 0
         for layer in self.decided():
             uses = [layer.input, layer.weight] if layer.kind == "attention" else [layer.input]
             for use in uses:
                 found = None if use is None else activation_range(self.model, use.value)
-                if use is None or use.spec is None or found is None:
+                if use is None or use.spec is None or found is None or not use.spec.range:
                     continue
-                use.read_from(self.pair(use.value, grid_for(found)))
+                use.read_from(self.pair(use.value, grid_for(use.spec, found)))
                 self.input_grids[layer.node] = self._grids[use.value]
                 count += 1
         return count
@@ -361,15 +403,23 @@ class Lowering:
                 taken[ids] = taken.get(ids, 0) + 1
         graph.clear_ranges(self.model)
         graph.remove_dead(self.model)
-        small = {ir.DataType.INT4, ir.DataType.UINT4}
+        small = {ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT16, ir.DataType.UINT16}
         dtypes = {v.dtype for v in self.model.graph.initializers.values()}
         blocks = any("block_size" in node.attributes for node in self.model.graph)
-        opset.raise_to(self.model, 21 if dtypes & small or blocks else self._floor(), newest_opset)
+        needed = 21 if dtypes & small or blocks else self._floor()
+        opset.raise_to(self.model, needed, newest_opset)
+        opset.lower_format(self.model, newest_opset)
 
     def _floor(self) -> int:
         """The opset that scales in half floats need, if there are any."""
         pairs = (n for n in self.model.graph if n.op_type == "DequantizeLinear")
         return 19 if any(n.inputs[1] and halves.of(n.inputs[1].dtype) for n in pairs) else 0
+
+
+def affine(form: IntFormat, found: tuple[float, float]) -> Grid:
+    """The grid of ``form`` for a range; zero is its lowest code where nothing is negative."""
+    scale, zero = numerics.affine(*found, form, symmetric=False)
+    return Grid(form, scale, zero)
 
 
 def activation_range(model: ir.Model, value: ir.Value) -> tuple[float, float] | None:
@@ -437,9 +487,13 @@ def _called(dtype: ir.DataType) -> str:
 
 
 def float_in_file(node: ir.Node) -> bool:
-    """Whether no input of ``node`` was dequantized: then no runtime lowers it further."""
-    writers = [v.producer() for v in node.inputs[:2] if v is not None]
-    return not any(w is not None and w.op_type == "DequantizeLinear" for w in writers)
+    """Whether the weight of ``node`` was not dequantized: then no runtime lowers it further."""
+    if node.domain not in ("", "ai.onnx"):
+        return False
+    index = 0 if node.op_type == "Gather" else 1
+    weight = node.inputs[index] if len(node.inputs) > index else None
+    writer = weight.producer() if weight is not None else None
+    return writer is None or writer.op_type != "DequantizeLinear"
 
 
 def why_float(node: ir.Node, otherwise: str) -> str:

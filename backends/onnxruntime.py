@@ -7,13 +7,16 @@ import pathlib
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
 from qcompile import execute, graph
-from qcompile.backends import ort_rules
-from qcompile.backends.base import Ran, Rule, Target, float_in_file, together, why_float
+from qcompile.backends import ort_isa, ort_measure, ort_rules
+from qcompile.backends.base import Kernels, Ran, Rule, Target, float_in_file, together, why_float
+from qcompile.backends.ort_isa import Isa
+from qcompile.errors import TargetError
 
 if TYPE_CHECKING:
     from qcompile.calibrate import Calibration
@@ -24,6 +27,7 @@ INTEGER_KERNELS = {
     "MatMulInteger": "int8", "ConvInteger": "int8", "DynamicQuantizeMatMul": "int8",
     "MatMulNBits": "int4 weights", "GatherBlockQuantized": "int4 weights",
 }  # fmt: skip
+NO_INT16 = "the runtime multiplies no 16-bit activations: float between Q/DQ pairs"
 FLOAT_KERNELS = {
     "Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose", "Gather",
     *graph.RECURRENT,
@@ -32,20 +36,45 @@ FLOAT_KERNELS = {
 
 @dataclasses.dataclass(frozen=True)
 class OrtCpu(Target):
-    """ONNX Runtime, CPU provider, on x86 with VNNI (AVX512-VNNI or AVX-VNNI).
+    """ONNX Runtime, CPU provider, on one instruction set.
 
     Holds int8 activations (stored as uint8 with a zero point) with int2 to int8 weights (stored as
-    int8, whatever the nominal bits), and int2 to int8 weights alone (stored in 4 or 8 bits).
-    Narrower activations have no kernel.
+    int8, whatever the nominal bits), and int2 to int8 weights alone (stored in 4 or 8 bits). Linear
+    layers take the scale of their input at run time where that is asked for. Narrower activations
+    have no kernel; int16 ones run in float between 16-bit Q/DQ pairs, for the accuracy alone.
+
+    * ``isa``: with VNNI weights keep 8 bits; ``avx2`` is x86 without it, where they have 7 beside a
+      quantized input; on ``arm`` activations are signed. ``auto`` is this machine's. ``avx2`` and
+      ``arm`` are untested: their rules are, and the graph that the runtime makes, but no device was
+      there to run it.
+    * ``version``: the release that will run the file, from 1.17; ``auto`` is the one installed.
     """
 
     name: ClassVar[str] = "ort-cpu"
     weight_formats: ClassVar[tuple[str, ...]] = tuple(f"int{b}" for b in range(8, 1, -1))
-    input_formats: ClassVar[tuple[str, ...]] = ("int8",)
+    input_formats: ClassVar[tuple[str, ...]] = ("int8", "int16")
+    scales: ClassVar[tuple[str, ...]] = ("static", "tensor")
     dialect: ClassVar[tuple[Rule, ...]] = ort_rules.DIALECT
     newest_opset: ClassVar[int] = 25
     float_formats: ClassVar[tuple[str, ...]] = ("float16",)
     runs_here: ClassVar[bool] = True
+
+    isa: Isa = "auto"
+    version: str = "auto"
+
+    def __post_init__(self) -> None:
+        # Resolved here, so that the text of the target says what a file was made for.
+        if self.isa == "auto":
+            object.__setattr__(self, "isa", ort_isa.machine())
+        if self.version == "auto":
+            object.__setattr__(self, "version", ort_isa.installed())
+        ort_isa.number(self.version)
+
+    def kernels(self) -> Kernels:
+        return ort_isa.kernels(self.isa, self.version)
+
+    def opset_limit(self) -> int:
+        return ort_isa.newest_opset(self.version)
 
     def available(self) -> None:
         """Always there: ONNX Runtime is a dependency."""
@@ -58,12 +87,42 @@ class OrtCpu(Target):
         execute.save(model, path)
         return path
 
+    def check_measure(self) -> None:
+        if self.isa != ort_isa.machine():
+            raise TargetError(
+                f"--measure measures this machine, which is {ort_isa.machine()}, not {self.isa}"
+            )
+
+    def measure(
+        self, decided: ir.Model, calibration: Calibration, log: Callable[[str], None]
+    ) -> list[str]:
+        """Time the layers in float and in integers, and take the faster (see ort_measure)."""
+        return ort_measure.choose(decided, self, calibration, log).texts()
+
     def prove(self, model: ir.Model, folder: pathlib.Path) -> dict[str, Ran]:
         """Open the graph as the runtime optimized it and find each layer's kernel by node name."""
         with tempfile.TemporaryDirectory(prefix="qcompile-") as scratch:
             path = pathlib.Path(scratch) / "optimized.onnx"
-            execute.optimize(folder / "model.onnx", path)
+            # On ARM the runtime fuses pairs of int8 as well; this makes it do so anywhere.
+            options = {"session.qdqisint8allowed": "1"} if self.isa == "arm" else {}
+            execute.optimize(folder / "model.onnx", path, options)
             return kernels(execute.load(path), model)
+
+    def notes(self, model: ir.Model, folder: pathlib.Path) -> list[str]:
+        """What was not tested, and where another machine or release opened the file."""
+        found: list[str] = []
+        if self.isa in ort_isa.UNTESTED:
+            found.append(f"isa={self.isa} is untested: no such device ran a file of ours")
+        here = ort_isa.machine(), ort_isa.installed()
+        if here != (self.isa, self.version):
+            found.append(
+                f"made for {self.isa} and ONNX Runtime {self.version}; proof, accuracy and latency "
+                f"are of {here[0]} and {here[1]}"
+            )
+        wide = {ir.DataType.UINT16, ir.DataType.INT16}
+        if any(value.dtype in wide for node in model.graph for value in node.outputs):
+            found.append(f"16-bit activations are for the accuracy alone: {NO_INT16}")
+        return found
 
 
 def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
@@ -81,9 +140,8 @@ def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
         for w in _weights(n)
         if owners[w] == 1
     }
-    missed = "the runtime found no integer kernel for the pattern"
     reasons = {
-        o: _WIDENED if _half(n) else why_float(n, missed)
+        o: _WIDENED if _half(n) else why_float(n, _missed(n))
         for n in lowered.graph
         for o in graph.origins(n)
     }
@@ -101,7 +159,7 @@ def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
             if precision is None and _half(node):
                 ran = Ran("float16", node.op_type)
             elif precision is None:
-                ran = Ran("float", node.op_type, reasons.get(layer, missed))
+                ran = Ran("float", node.op_type, reasons[layer])
             else:
                 ran = Ran(precision, node.op_type)
             found[layer] = together(found.get(layer), ran)
@@ -122,6 +180,15 @@ _WIDENED = "the runtime casts it back to float32: it has no float16 kernel for i
 def _half(node: ir.Node) -> bool:
     """Whether ``node`` reads a weight or an activation in float16, as far as types are known."""
     return any(v is not None and v.dtype == ir.DataType.FLOAT16 for v in node.inputs[:2])
+
+
+def _missed(node: ir.Node) -> str:
+    """Why a layer behind Q/DQ pairs runs in float."""
+    dequantize = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    codes = dequantize.inputs[0] if dequantize is not None and dequantize.inputs else None
+    if codes is not None and codes.dtype in (ir.DataType.UINT16, ir.DataType.INT16):
+        return NO_INT16
+    return "the runtime found no integer kernel for the pattern"
 
 
 def _by_name(name: str, by_node: dict[str, tuple[str, ...]]) -> tuple[str, ...]:

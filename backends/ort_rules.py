@@ -1,33 +1,36 @@
-"""The dialect of ONNX Runtime on x86 CPUs with VNNI: the rules, in the order of the lowering.
+"""The dialect of ONNX Runtime on CPUs: the rules, in the order of the lowering.
 
-The runtime runs an integer kernel only where it finds an exact pattern: uint8 activations with
-their own zero point, int8 weights (one scale a channel costs nothing), int32 biases with the scale
-``s_x * s_w``, a QuantizeLinear behind every Conv, and never a MatMul with a bias that it could fuse
-into a float Gemm. Each rule says what it does and why.
+The runtime runs an integer kernel only where it finds an exact pattern: uint8 activations (int8 on
+ARM) with their own zero point, int8 weights (one scale a channel costs nothing), int32 biases with
+the scale ``s_x * s_w``, a QuantizeLinear behind every Conv, and never a MatMul with a bias that it
+could fuse into a float Gemm. Each rule says what it does and why. Those of weights alone are in
+``ort_alone``, those of MatMul in ``ort_matmul``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompile import decisions, graph, numerics, spec
+from qcompile import decisions, graph, numerics
 from qcompile.backends import ort_embedding
 from qcompile.backends.base import (
     MOVES,
     Lowering,
     absorbed,
     activation_range,
+    affine,
     rules,
 )
-from qcompile.backends.ort_embedding import packed_embeddings, stored_bits
+from qcompile.backends.ort_alone import gemm_alone, packed_weights
+from qcompile.backends.ort_embedding import packed_embeddings
+from qcompile.backends.ort_matmul import dynamic_inputs, flat_bias, plain_sum, to_kernel
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
 from qcompile.spec import TensorSpec
-
-UINT8 = IntFormat(8, signed=False)
 
 
 def keep_float(low: Lowering) -> int:
@@ -52,6 +55,15 @@ def _why_float(low: Lowering, layer: Layer) -> str:
             return "no int8 kernel for Gemm with a bias that differs by row"
     if node.op_type == "MatMul" and layer.input and graph.rank_of(layer.input.value) == 1:
         return "no int8 kernel for a vector times a matrix"
+    decided, entered = layer.weight.spec, layer.input.spec if layer.input else None
+    if decided is not None and layer.kind != "attention":
+        form = numerics.parse_format(decided.format)
+        if entered is not None and decided.codes and form.bits > low.kernels.widest:
+            return f"fitted codes of {form.bits} bits overflow on this CPU: fit int7"
+        if entered is None and form.stored.bits not in low.kernels.alone:
+            return f"no kernel of this version for {form.stored.bits}-bit weights alone"
+    if entered is not None and entered.scale_from != "static" and layer.kind != "linear":
+        return "only a linear layer takes its scale at run time: ConvInteger is slow"
     if layer.kind in ("conv", "depthwise") and layer.input and layer.input.spec:
         value = absorbed(layer.output)
         if activation_range(low.model, value) is None:
@@ -65,6 +77,32 @@ def _by_row(layer: Layer) -> bool:
         return False
     shape = graph.shape_of(layer.bias.value)
     return shape is None or any(d != 1 for d in shape[:-1])
+
+
+def seven_bits(low: Lowering) -> int:
+    """On x86 without VNNI, narrow weights beside a quantized input to 7 bits: twice the scale.
+
+    There ``pmaddubsw`` adds two products of uint8 and int8 in 16 bits, which 8-bit weights overflow
+    (``2 * 255 * 127 > 2**15``) and 7-bit weights do not.
+    """
+    widest = numerics.IntFormat(low.kernels.widest, signed=True)
+    made: dict[TensorSpec, TensorSpec] = {}
+    count = 0
+    for layer in low.decided():
+        decided = layer.weight.spec
+        if decided is None or layer.input is None or layer.input.spec is None:
+            continue
+        form = numerics.parse_format(decided.format)
+        if layer.kind == "attention" or form.bits <= widest.bits:
+            continue
+        if decided not in made:
+            scale = graph.constant(low.model.graph.initializers[decided.scale])
+            narrow = (scale * (form.high / widest.high)).astype(np.float32)
+            name = graph.add_constant(low.model, f"{decided.scale}/narrow", narrow).name or ""
+            made[decided] = dataclasses.replace(decided, format=widest.name, scale=name)
+        layer.weight.decide(made[decided])
+        count += 1
+    return count
 
 
 def bias_range(low: Lowering) -> int:
@@ -103,125 +141,6 @@ def bias_range(low: Lowering) -> int:
     return count
 
 
-def gemm_alone(low: Lowering) -> int:
-    """Write a Gemm whose weight alone is quantized as MatMul and Add, with the weight as [K, N].
-
-    The runtime has a kernel for MatMul with packed weights; in front of a Gemm it would dequantize
-    them on every run.
-    """
-    count = 0
-    for layer in list(low.decided()):
-        entered = layer.input.spec if layer.input else None
-        if layer.node.op_type != "Gemm" or entered is not None or layer.weight.spec is None:
-            continue
-        _to_matmul(low, layer, layer.weight.spec)
-        count += 1
-    if count:
-        low.layers = list(graph.layers(low.model))
-    return count
-
-
-def _to_matmul(low: Lowering, layer: Layer, decided: TensorSpec) -> None:
-    weight = layer.weight.value
-    if graph.attribute(layer.node, "transB", 0):
-        weight = _turned(low.model, weight)
-        arrays = {"scale": decided.scale, "zero_point": decided.zero_point, "codes": decided.codes}
-        known = low.model.graph.initializers
-        decided = dataclasses.replace(
-            decided,
-            axis=None if decided.axis is None else 1 - decided.axis,
-            **{k: _turned(low.model, known[n]).name or "" for k, n in arrays.items() if n},
-        )
-    product = graph.insert(
-        low.model, "MatMul", [layer.node.inputs[0], weight],
-        output=f"{layer.output.name}/product", before=layer.node, like=layer.output,
-    )  # fmt: skip
-    matmul = product.producer()
-    assert matmul is not None
-    result = product
-    if layer.bias is not None:
-        result = graph.insert(
-            low.model, "Add", [product, layer.bias.value],
-            output=f"{layer.output.name}/biased", behind=product, like=layer.output,
-        )  # fmt: skip
-    graph.redirect(low.model, layer.output, result, keep=lambda _: False)
-    graph.fuse(matmul, layer.node)
-    Use(matmul, 1).decide(decided)
-    layer.weight.decide(None)
-    graph.remove_dead(low.model)
-
-
-def _turned(model: ir.Model, value: ir.Value) -> ir.Value:
-    """A matrix transposed, as a new constant; a scale a tensor or a channel has nothing to turn."""
-    array = graph.constant(value)
-    if array.ndim != 2:
-        return value
-    tensor = ir.Tensor(np.ascontiguousarray(array.T), dtype=value.dtype)
-    return graph.add_constant(model, f"{value.name}/turned", tensor)
-
-
-# Block sizes whose kernel is fast; level 4 multiplies in int8, a block of the activation at a time.
-_NBITS_BLOCKS, _NBITS_LEVEL = (16, 32, 64, 128, 256), 4
-
-
-def packed_weights(low: Lowering) -> int:
-    """Write a MatMul whose weight alone is quantized, in blocks along K, as MatMulNBits.
-
-    The runtime makes one of MatMul and DequantizeLinear itself, but not of one with a Relu behind
-    it and another such MatMul behind that, and it keeps a second copy of the weights to do so.
-    """
-    made: dict[tuple[ir.Value, TensorSpec], tuple[ir.Value, ir.Value]] = {}
-    count = 0
-    for layer in low.layers:
-        decided = layer.weight.spec
-        beside = layer.input is not None and layer.input.spec is not None
-        if layer.node.op_type != "MatMul" or decided is None or beside:
-            continue
-        blocks = decided.block in _NBITS_BLOCKS and decided.axis in (0, -2)
-        if not blocks or decided.zero_point or layer.kind != "linear":
-            continue
-        key = (layer.weight.value, decided)
-        if key not in made:
-            made[key] = _packed(low, *key)
-        _to_nbits(layer, decided, *made[key])
-        count += 1
-    if count:
-        low.model.opset_imports.setdefault("com.microsoft", 1)
-    return count
-
-
-def _packed(low: Lowering, weight: ir.Value, decided: TensorSpec) -> tuple[ir.Value, ir.Value]:
-    """Codes [K, N] as bytes [N, K / block, block * bits / 8], first code lowest; and the scales."""
-    assert decided.block is not None
-    bits, block = stored_bits(decided), decided.block
-    rows, columns = graph.shape_of(weight) or (0, 0)
-    shape = (columns, rows // block, block * bits // 8)
-
-    def pack(codes: numerics.Codes) -> ir.TensorProtocol:
-        return ir.Tensor(ort_embedding.packed_rows(codes.T, bits).reshape(shape))
-
-    name = weight.name or "weight"
-    packed = low.written(weight, decided, ir.DataType.UINT8, shape, pack)
-    scale = np.ascontiguousarray(low.weight_grid(decided).scale.T)
-    return (
-        graph.add_constant(low.model, f"{name}/packed", packed),
-        graph.add_constant(low.model, f"{name}/scales", scale),
-    )
-
-
-def _to_nbits(layer: Layer, decided: TensorSpec, packed: ir.Value, scales: ir.Value) -> None:
-    node = layer.node
-    rows, columns = graph.shape_of(layer.weight.value) or (0, 0)
-    node.op_type, node.domain = "MatMulNBits", "com.microsoft"
-    node.resize_inputs(3)
-    node.replace_input_with(1, packed)
-    node.replace_input_with(2, scales)
-    wanted = {"K": rows, "N": columns, "bits": stored_bits(decided), "block_size": decided.block}
-    for key, value in (wanted | {"accuracy_level": _NBITS_LEVEL}).items():
-        node.attributes[key] = ir.AttrInt64(key, value or 0)
-    spec.clear(node)
-
-
 def weights(low: Lowering) -> int:
     """Store weights as signed codes (uint8 ones are 2.5 times slower): int8 beside a quantized
     input, else in as few bits as there are.
@@ -230,8 +149,15 @@ def weights(low: Lowering) -> int:
 
 
 def inputs(low: Lowering) -> int:
-    """Give each quantized input a uint8 grid with its own zero point."""
-    return low.store_inputs(lambda found: unsigned(*found))
+    """Give each quantized input a uint8 grid (int8 on ARM) with its own zero point."""
+    return low.store_inputs(lambda decided, found: affine(_format(low, decided), found))
+
+
+def _format(low: Lowering, decided: TensorSpec) -> IntFormat:
+    """The format of the codes of an activation: 8 bits as the kernels take them, or 16."""
+    form = low.kernels.activations
+    wide = numerics.parse_format(decided.format).bits > form.bits
+    return IntFormat(16, form.signed) if wide else form
 
 
 def channels_of_four(low: Lowering) -> int:
@@ -244,8 +170,9 @@ def channels_of_four(low: Lowering) -> int:
     count = 0
     for layer in low.layers:
         shape = graph.shape_of(layer.weight.value)
-        entered = low.input_grids.get(layer.node)
-        if layer.kind != "conv" or layer.input is None or entered is None or shape is None:
+        if layer.kind != "conv" or layer.input is None or shape is None:
+            continue
+        if not _eight_bits(low, layer):
             continue
         missing = -shape[1] % 4
         one_group = graph.attribute(layer.node, "group", 1) == 1
@@ -306,7 +233,7 @@ def conv_output(low: Lowering) -> int:
         value = absorbed(layer.output)
         found = activation_range(low.model, value)
         assert found is not None  # keep-float saw to it
-        low.pair_for_all(value, unsigned(*found))
+        low.pair_for_all(value, affine(low.input_grids[layer.node].format, found))
         count += 1
     return count
 
@@ -335,9 +262,15 @@ def between(low: Lowering) -> int:
         found = activation_range(low.model, value)
         if found is None or low.grid_of(value) is not None:
             continue
-        low.pair_for_all(value, unsigned(*found))
+        low.pair_for_all(value, affine(_widest(low, read), found))
         count += 1
     return count
+
+
+def _widest(low: Lowering, values: Iterable[ir.Value]) -> IntFormat:
+    """The format of the most bits among the grids of ``values``."""
+    grids = [grid for value in values if (grid := low.grid_of(value)) is not None]
+    return max((grid.format for grid in grids), key=lambda form: form.bits)
 
 
 _BETWEEN = frozenset(("Add", "Concat", "AveragePool", "GlobalAveragePool"))
@@ -353,37 +286,40 @@ def int32_bias(low: Lowering) -> int:
     for layer in low.layers:
         if layer.bias is None or layer.bias.node is not layer.node:
             continue
-        if layer.node in low.input_grids and graph.is_constant(layer.bias.value):
+        if _eight_bits(low, layer) and graph.is_constant(layer.bias.value):
             _quantize_bias(low, layer, layer.bias)
             count += 1
     return count
 
 
 def matmul_bias(low: Lowering) -> int:
-    """Keep the runtime from fusing MatMul and bias into a float Gemm.
+    """Write MatMul and bias as one kernel, which the runtime would fuse into a float Gemm.
 
-    Behind a MatMul of rank 3 and above the bias becomes [1, ..., 1, N], which the fusion does not
-    match; MatMul and Add of rank 2 become one Gemm with an int32 bias. A bias of higher rank than
-    the product is not fused in any case.
+    Of rank 3 and above as MatMulIntegerToFloat; of rank 2 as a Gemm with an int32 bias. A bias of
+    higher rank than the product is not fused in any case.
     """
     count = 0
     for layer in low.layers:
-        if layer.node.op_type != "MatMul" or layer.bias is None:
+        bias = flat_bias(layer) if layer.node.op_type == "MatMul" else None
+        if bias is None or not _eight_bits(low, layer):
             continue
-        if layer.node not in low.input_grids:
-            continue
-        rank = graph.rank_of(layer.output) or graph.rank_of(layer.biased_output)
-        bias = graph.constant(layer.bias.value)
-        if rank is None or bias.ndim > rank:
-            continue
-        if rank > 2:
-            shaped = bias.reshape((1,) * (rank - 1) + (-1,))
-            name = f"{layer.bias.value.name}/rank{rank}"
-            layer.bias.read_from(graph.add_constant(low.model, name, shaped))
+        if graph.rank_of(layer.output) == 2:
+            _to_gemm(low, layer, bias)
         else:
-            _to_gemm(low, layer, bias.reshape(-1))
+            assert layer.input is not None
+            dequantize = layer.input.value.producer()
+            assert dequantize is not None
+            codes, scale, zero = dequantize.inputs
+            assert codes is not None and scale is not None and zero is not None
+            to_kernel(low, layer, codes, scale, zero)
         count += 1
     return count
+
+
+def _eight_bits(low: Lowering, layer: Layer) -> bool:
+    """Whether ``layer`` reads codes of 8 bits: with wider ones it stays a float layer."""
+    grid = low.input_grids.get(layer.node)
+    return grid is not None and grid.format.bits == 8
 
 
 def _to_gemm(low: Lowering, layer: Layer, bias: graph.Array) -> None:
@@ -414,30 +350,27 @@ def _quantize_bias(low: Lowering, layer: Layer, use: Use) -> None:
 
 
 def _input_grid(low: Lowering, use: Use) -> Grid | None:
-    """The grid for the range that the spec of ``use`` names."""
-    if use.spec is None:
+    """The grid for the range that the spec of ``use`` names; None without a static one."""
+    if use.spec is None or not use.spec.range:
         return None
     found = activation_range(low.model, use.value)
-    return None if found is None else unsigned(*found)
-
-
-def unsigned(low: float, high: float) -> Grid:
-    """The uint8 grid of a range; its zero point is 0 where nothing is negative."""
-    scale, zero = numerics.affine(low, high, UINT8, symmetric=False)
-    return Grid(UINT8, scale, zero)
+    return None if found is None else affine(_format(low, use.spec), found)
 
 
 DIALECT = rules(
     keep_float,
+    seven_bits,
     bias_range,
     gemm_alone,
     packed_weights,
     packed_embeddings,
     weights,
     inputs,
+    dynamic_inputs,
     channels_of_four,
     conv_output,
     between,
     int32_bias,
     matmul_bias,
+    plain_sum,
 )

@@ -220,7 +220,7 @@ def inputs(low: Lowering) -> int:
 
     A Concat is quantized behind, so that what it joins has one scale; the builder moves it up.
     """
-    return low.store_inputs(lambda found: symmetric(*found))
+    return low.store_inputs(lambda _, found: symmetric(*found))
 
 
 def residual(low: Lowering) -> int:

@@ -1,8 +1,8 @@
 """Torchvision networks with random weights, for structure and speed; accuracy means nothing.
 
-``resnet18`` classifies; ``deeplabv3``, ``lraspp`` and ``unet`` segment; ``ssdlite`` and
-``faster_rcnn`` detect and end in NonMaxSuppression. All but the last are factories for
-``torch.export`` and can be named on a command line as ``qcompile.models.vision:NAME``;
+``mobilenet_v2`` and ``vit_b_16`` classify; ``deeplabv3``, ``lraspp`` and ``unet`` segment;
+``ssdlite`` and ``faster_rcnn`` detect and end in NonMaxSuppression. All but the last are factories
+for ``torch.export`` and can be named on a command line as ``qcompile.models.vision:NAME``;
 ``faster_rcnn`` writes an ONNX file, because its control flow depends on the data. Torchvision's
 code is under the BSD-3-Clause licence, and no weights of others are used.
 
@@ -143,6 +143,38 @@ def image_factory(module: nn.Module, size: int) -> Factory:
     """``module`` with an example of pictures, ``image`` [2, 3, size, size], of any number."""
     example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     return module.eval(), {"image": example}, {"image": {0: torch.export.Dim("batch")}}
+
+
+# -- classification -----------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """A torchvision classifier whose input is called ``image``."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.net(image)
+
+
+def mobilenet_v2() -> Factory:
+    """MobileNetV2: ``image`` [batch, 3, 224, 224] to 1,000 logits."""
+    with seeded(0):
+        net = Classifier(torchvision().models.mobilenet_v2(weights=None))
+        return image_factory(settled(net, lambda: pictures(224)), 224)
+
+
+def vit_b_16() -> Factory:
+    """ViT-B/16: ``image`` [batch, 3, 224, 224] to 1,000 logits.
+
+    Its head, which torchvision leaves at zero, is random, and so are the position embeddings.
+    """
+    with seeded(0):
+        net = torchvision().models.vit_b_16(weights=None)
+        nn.init.normal_(net.heads.head.weight, std=0.02)
+        return image_factory(Classifier(net), 224)
 
 
 # -- segmentation -------------------------------------------------------------------------------
@@ -287,6 +319,16 @@ def imagenet_sample(pixels: Pixels) -> Sample:
     deviation = np.array([0.229, 0.224, 0.225], np.float32)
     image = (pixels.astype(np.float32) / 255.0 - mean) / deviation
     return {"image": np.ascontiguousarray(image.transpose(2, 0, 1)[None])}
+
+
+def classification_calibration() -> Iterator[Sample]:
+    """64 crops for ``mobilenet_v2`` and ``vit_b_16``."""
+    return map(imagenet_sample, imagenet_crops("calibration"))
+
+
+def classification_judge() -> Iterator[Sample]:
+    """46 crops of other pictures: two of each."""
+    return map(imagenet_sample, itertools.islice(imagenet_crops("judge"), 46))
 
 
 def segmentation_calibration() -> Iterator[Sample]:

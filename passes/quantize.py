@@ -23,6 +23,7 @@ from qcompile.spec import TensorSpec
 # The kinds of layers with one constant weight that is multiplied with an activation.
 WEIGHTED = ("conv", "depthwise", "conv-transpose", "linear")
 Granularity = Literal["tensor", "channel", "block"]
+Scale = Literal["static", "dynamic"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +39,16 @@ class Quantize(Pass):
     * ``method``: how the range of each scale of a weight is searched; ``output`` weighs the error
       of each weight by the mean square of what it is multiplied with (as the clipping of AWQ, Lin
       et al., arXiv 2306.00978, does), which needs data.
+    * ``scale``: that of an input: ``static``, from its range, or ``dynamic``: taken from the tensor
+      at run time, for linear layers; a Conv keeps a static one.
     * ``attention``: the format of both sides of a product of two activations.
     * ``embedding``: the format of tables whose rows are gathered: one scale a row, or ``block`` of
       a row at 4 bits and below. A table that is the weight of a linear layer as well is decided
       twice.
     * ``include``, ``exclude``: globs over the names and operator types of layers.
 
-    Raises PassError for an unknown format, a glob that matches nothing, or a block that does not
-    divide the weight.
+    Raises PassError for an unknown format, a glob that matches nothing, a block that does not
+    divide the weight, or a Conv without a range.
     """
 
     name: ClassVar[str] = "quantize"
@@ -57,6 +60,7 @@ class Quantize(Pass):
     granularity: Granularity = "channel"
     block: int = 32
     method: RangeMethod = "minmax"
+    scale: Scale = "static"
     attention: str = "float"
     embedding: str = "float"
     include: tuple[str, ...] = ("*",)
@@ -72,8 +76,9 @@ class Quantize(Pass):
             raise PassError("a quantized input needs a quantized weight: no kernel takes only one")
 
     def relies_on(self) -> frozenset[str]:
-        """Ranges only if an activation is quantized: weights alone need no data."""
-        return self.requires if {self.input, self.attention} != {"float"} else frozenset()
+        """Ranges only for static scales: weights alone and dynamic scales need no data."""
+        static = self.input != "float" and self.scale == "static"
+        return self.requires if static or self.attention != "float" else frozenset()
 
     def needs_data(self) -> bool:
         """Only to weigh errors by what weights are multiplied with."""
@@ -84,6 +89,9 @@ class Quantize(Pass):
 
     def input_formats(self) -> tuple[str, ...]:
         return (self.input, self.attention)
+
+    def scales(self) -> tuple[str, ...]:
+        return ("tensor",) if self.scale == "dynamic" else ()
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         excluded = {layer.node for layer in graph.select(model, self.exclude, "exclude")}
@@ -98,7 +106,8 @@ class Quantize(Pass):
         inputs = 0
         for layer in weighted:
             if layer.input is not None and self.input != "float":
-                decide_input(layer.input, self.input)
+                dynamic = self.scale == "dynamic" and layer.kind == "linear"
+                decide_input(layer.input, self.input, dynamic)
                 inputs += 1
             elif layer.input is not None and self.weight != "float":
                 layer.input.decide(None)  # an earlier quantize may have decided it
@@ -122,11 +131,15 @@ class Quantize(Pass):
         return dataclasses.replace(self, weight=self.embedding, granularity=granularity)
 
 
-def decide_input(use: graph.Use, form: str) -> None:
-    """Write the spec of an activation; raise PassError if its range was not calibrated."""
+def decide_input(use: graph.Use, form: str, dynamic: bool = False) -> None:
+    """Write the spec of an activation; raise PassError if it has no range for a static scale."""
+    if dynamic:
+        use.decide(TensorSpec(form, symmetric=False, scale_from="tensor"))
+        return
     name = graph.range_name(use.value)
     if name is None:
-        raise PassError(f"{use.value.name!r} has no range; calibrate first")
+        kind = "" if use.node.op_type != "Conv" else ": a Conv takes no scale at run time"
+        raise PassError(f"{use.value.name!r} has no range; calibrate first{kind}")
     use.decide(TensorSpec(form, symmetric=False, range=name))
 
 

@@ -10,7 +10,13 @@ import onnx_ir as ir
 from qcompile import graph, numerics, spec
 from qcompile.errors import PassError
 from qcompile.numerics import RangeMethod
-from qcompile.passes.quantize import Granularity, Quantize, decide_input, decide_weights
+from qcompile.passes.quantize import (
+    Granularity,
+    Quantize,
+    Scale,
+    decide_input,
+    decide_weights,
+)
 from qcompile.pipeline import Context, Pass, Stats
 
 
@@ -19,13 +25,14 @@ class Set(Pass):
     """Decide anew the layers that a glob matches.
 
     A float weight makes its input float as well, since no kernel takes only a quantized input.
-    Raises PassError if a glob matches no layer, or for ``weight=float`` beside a quantized
-    ``input``.
+    Raises PassError if a glob matches no layer, for ``weight=float`` beside a quantized ``input``,
+    or for ``scale=dynamic`` of a layer that is not linear.
 
     * ``layer``: globs over the names and operator types of layers; must be given.
     * ``weight``, ``input``: a format, ``float``, or ``keep`` for what is decided already; ``input``
       of a product of two activations is that of both.
-    * ``granularity``, ``block``, ``method``: as those of quantize.
+    * ``granularity``, ``block``, ``method``, ``scale``: as those of quantize.
+    * ``why``: a word for the report where a layer becomes float.
     """
 
     name: ClassVar[str] = "set"
@@ -38,6 +45,8 @@ class Set(Pass):
     granularity: Granularity = "channel"
     block: int = 32
     method: RangeMethod = "minmax"
+    scale: Scale = "static"
+    why: str = ""
 
     def __post_init__(self) -> None:
         if not self.layer:
@@ -47,11 +56,6 @@ class Set(Pass):
         for form in (self.weight, self.input):
             if form not in ("float", "keep"):
                 numerics.parse_format(form)
-
-    def relies_on(self) -> frozenset[str]:
-        """Ranges only if an activation is quantized anew."""
-        anew = self.input not in ("float", "keep")
-        return self.requires if anew else self.requires - {"ranges"}
 
     def needs_data(self) -> bool:
         """Only to weigh errors by what weights are multiplied with."""
@@ -63,6 +67,14 @@ class Set(Pass):
     def input_formats(self) -> tuple[str, ...]:
         return () if self.input == "keep" else (self.input,)
 
+    def relies_on(self) -> frozenset[str]:
+        """Ranges only for an input with a static scale."""
+        static = self.input not in ("float", "keep") and self.scale == "static"
+        return self.requires if static else self.requires - {"ranges"}
+
+    def scales(self) -> tuple[str, ...]:
+        return ("tensor",) if self.scale == "dynamic" else ()
+
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         chosen = graph.select(model, self.layer, "layer")
         for layer in chosen:
@@ -73,12 +85,14 @@ class Set(Pass):
                 if use is not None and "float" in (self.input, self.weight):
                     use.decide(None)
                 elif use is not None and self.input != "keep":
-                    decide_input(use, self.input)
+                    if self.scale == "dynamic" and layer.kind != "linear":
+                        raise PassError(f"{layer.name!r} is no linear layer: no scale at run time")
+                    decide_input(use, self.input, self.scale == "dynamic")
         if self.weight not in ("float", "keep"):
             weighted = [layer for layer in chosen if graph.is_constant(layer.weight.value)]
             how = Quantize(self.weight, "float", self.granularity, self.block, self.method)
             decide_weights(model, weighted, how, ctx)
         for layer in chosen:
             if not spec.all_specs(layer.node):
-                layer.node.metadata_props[graph.REASON] = f"{self}"
+                layer.node.metadata_props[graph.REASON] = self.why.replace("-", " ") or f"{self}"
         return {"layers": len(chosen)}

@@ -71,6 +71,15 @@ def in_turn(
     return [each.times[3:] for each in timed]
 
 
+def rounds_for(session: Session, samples: Sequence[Sample], seconds: float) -> int:
+    """How many rounds of ``interleaved`` take about ``seconds``: 10 to 100."""
+    session.run(samples[0])
+    started = time.perf_counter()
+    session.run(samples[0])
+    each = 6 * (time.perf_counter() - started)  # three sessions, two runs each
+    return min(max(int(seconds / max(each, 1e-6)), 10), 100)
+
+
 class _Timed:
     """A session whose every run is one to warm up and one that is timed, in ``times`` (seconds)."""
 

@@ -55,6 +55,7 @@ def compile_command(
     max_drop: str | None = None,
     save_command: pathlib.Path | None = None,
     latency: bool = False,
+    measure: bool = False,
     requantize: bool = False,
     resume: bool = False,
     print_after: Annotated[tuple[str, ...], Parameter(negative="")] = (),
@@ -117,6 +118,8 @@ def compile_command(
         A shell script to write, with the command that does this again.
     latency
         Measure latency against float, interleaved, one thread (ort-cpu).
+    measure
+        Time layers on this machine in float and in integers and take the faster (ort-cpu).
     requantize
         Take the Q/DQ pairs of a model away first that is quantized already.
     resume
@@ -142,6 +145,7 @@ def compile_command(
         allow_float=allow_float,
         check_numerics=check_numerics, verify=verify, print_after=print_after,
         print_changes=print_changes, snapshots=snapshots, latency=latency,
+        measure=measure,
         require_fused=require_fused, min_sqnr=min_sqnr, eval=eval, metric=metric,
         max_drop=max_drop, requantize=requantize, resume=resume,
         log=_log, progress=_progress,

@@ -85,8 +85,10 @@ def compile(
     return Compiler(Options(**options)).run(source, pathlib.Path(out))
 
 
-# What reads the codes of weights in a lowered graph.
-_PACKED = frozenset(("DequantizeLinear", "MatMulNBits", "GatherBlockQuantized"))
+# Each stands for a quantized layer of a lowered graph.
+_QUANTIZED = frozenset(
+    ("DequantizeLinear", "MatMulNBits", "GatherBlockQuantized", "MatMulIntegerToFloat")
+)
 # What the file system says that the user can put right.
 _OF_THE_SYSTEM = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE,
@@ -121,6 +123,8 @@ class Compiler:
             )
         for target in self.targets:
             target.available()
+            if options.measure:
+                target.check_measure()
         known = {p.name for p in self.passes} | {"all"}
         for name in options.print_after:
             if name not in known:
@@ -305,22 +309,30 @@ class Compiler:
                 decided = model
 
         self._whole = self.passes
+        front = position + last
         count = self._evaluation.count if self._evaluation else 0
         found: search.Found | None = None
         done: list[Step] = []
+        if self.options.measure and context.calibration is not None:
+            model, done = self._through(model, passes[:last], context, judge, place, position, keys)
+            texts = target.measure(model, context.calibration, self.options.log)
+            chosen = pipeline.parse(",".join(texts), registry.passes()) if texts else []
+            self._whole = [*self.passes[:front], *chosen, *self.passes[front:]]
+            position, keys, passes, last = front, [], self._whole[front:], len(chosen)
+            front += last
         if self._evaluation is not None and self.bound is not None and last < len(passes):
             # What is given back stands in front of the lowering, as if the user had written it.
-            model, done = self._through(model, passes[:last], context, judge, place, position, keys)
+            model, more = self._through(model, passes[:last], context, judge, place, position, keys)
+            done += more
             found = search.meet(model, context, self._evaluation, self.bound)
-            front = position + last
-            self._whole = [*self.passes[:front], *found.passes, *self.passes[front:]]
+            self._whole = [*self._whole[:front], *found.passes, *self._whole[front:]]
             position, keys, passes = front, [], self._whole[front:]
         model, steps = self._through(model, passes, context, judge, place, position, keys, before)
         if "lowered" not in self._promised:
             decided = model
         self._part = crash.Part(model, "", str(target), context.calibration)
         self._refuse_float(model)
-        written = pipeline.to_text(self._whole) if found and found.passes else self.text
+        written = self.text if self._whole == self.passes else pipeline.to_text(self._whole)
         stamp(model, written, target, self.options.seed, context.calibration)
         main = target.emit(model, folder, context.calibration)
         made = Made(name, decided, model, main, written, [*shared, *done, *steps])
@@ -432,7 +444,7 @@ class Compiler:
                     "float32 (--allow-float writes the model all the same)"
                 )
             return
-        if any(n.op_type in _PACKED for n in model.graph):
+        if any(n.op_type in _QUANTIZED for n in model.graph):
             return
         raise PassError(
             f"nothing is quantized by {self.text!r}: no layer was found that the passes and the "

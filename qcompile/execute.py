@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +40,7 @@ class Session:
         model: the graph, or the path of a file.
         optimize: whether the runtime may rewrite the graph.
         threads: threads inside an operator.
+        profile: the beginning of the path of a file that says what each node takes.
 
     Raises TargetError if the runtime refuses the model.
     """
@@ -48,12 +51,15 @@ class Session:
         *,
         optimize: bool = True,
         threads: int | None = None,
+        profile: str | None = None,
     ) -> None:
         options: Any = runtime.SessionOptions()
         options.log_severity_level = 4
         if threads is not None:
             options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, profile
         if not optimize:
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._stack = contextlib.ExitStack()
@@ -75,11 +81,16 @@ class Session:
         if not isinstance(model, ir.Model):
             return os.fspath(model)
         if weight_bytes(model) < _IN_MEMORY_BYTES:
+            read_external(model)  # bytes have no folder that a file of weights could be in
             return ir.to_proto(model).SerializeToString()
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompile-"))
         path = pathlib.Path(folder) / "model.onnx"
         save(model, path)
         return str(path)
+
+    def end_profile(self) -> str:
+        """Stop profiling; the path of what was written."""
+        return self._session.end_profiling()
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """The values of ``outputs`` (all if None) for ``feeds``."""
@@ -94,13 +105,40 @@ class Session:
         return dict(zip(names, results, strict=True))
 
 
-def optimize(path: pathlib.Path, optimized: pathlib.Path) -> None:
+def profile(model: ir.Model, feeds: Feeds, seconds: float) -> dict[tuple[str, str], float]:
+    """Microseconds of each node of the graph as optimized, by its name and operator type.
+
+    One thread; the least of as many runs as take ``seconds``, at least five.
+    """
+    session = Session(model, threads=1)
+    started = time.perf_counter()
+    session.run(feeds)
+    each = time.perf_counter() - started
+    with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
+        session = Session(model, threads=1, profile=os.path.join(folder, "profile"))
+        for _ in range(min(max(int(seconds / max(each, 1e-6)), 5), 100)):
+            session.run(feeds)
+        events: list[dict[str, Any]] = json.loads(pathlib.Path(session.end_profile()).read_text())
+    found: dict[tuple[str, str], list[float]] = {}
+    ending = "_kernel_time"
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith(ending):
+            key = event["name"].removesuffix(ending), event["args"]["op_name"]
+            found.setdefault(key, []).append(event["dur"])
+    return {key: min(durations) for key, durations in found.items()}
+
+
+def optimize(
+    path: pathlib.Path, optimized: pathlib.Path, settings: Mapping[str, str] | None = None
+) -> None:
     """Write what ONNX Runtime makes of the file ``path`` to ``optimized``.
 
-    In a process of its own: the weights of both are in its memory, and go with it. Raises
-    TargetError if the runtime refuses the model, or crashes.
+    ``settings`` are entries of the configuration of the session. In a process of its own: the
+    weights of both are in its memory, and go with it. Raises TargetError if the runtime refuses the
+    model, or crashes.
     """
-    done = apart(_OPTIMIZE, path, optimized)
+    words = [f"{key}={value}" for key, value in (settings or {}).items()]
+    done = apart(_OPTIMIZE, path, optimized, *words)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise TargetError(f"ONNX Runtime refuses the model: {reason(RuntimeError(lines[-1]))}")
@@ -163,12 +201,13 @@ import onnxruntime
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 4
 options.optimized_model_filepath = sys.argv[2]
-for key, value in (
-    ("disable_prepacking", "1"),
-    ("optimized_model_external_initializers_file_name", "optimized.data"),
-    ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
+for entry in (
+    "session.disable_prepacking=1",
+    "session.optimized_model_external_initializers_file_name=optimized.data",
+    "session.optimized_model_external_initializers_min_size_in_bytes=1024",
+    *sys.argv[3:],
 ):
-    options.add_session_config_entry(f"session.{key}", value)
+    options.add_session_config_entry(*entry.split("="))
 onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 """
 

@@ -12,6 +12,7 @@ import fnmatch
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -235,6 +236,11 @@ def select(model: ir.Model, globs: Sequence[str], option: str) -> list[Layer]:
             hint = nearest(glob, names) if len(names) <= 12 else nearest(glob, names).split("?")[0]
             raise PassError(f"{option}={glob} matches no layer; {hint}")
     return [layer for layer in known if any(matches(layer.node, glob) for glob in globs)]
+
+
+def glob_of(name: str) -> str:
+    """A glob that matches ``name`` and can stand in the text of an option."""
+    return re.sub(r"[\[*?]", r"[\g<0>]", re.sub(r"[\s,{}]", "?", name)).replace("[?]", "?")
 
 
 def matches(node: ir.Node, glob: str) -> bool:
@@ -469,8 +475,10 @@ def insert(
     behind: ir.Value | None = None,
     like: ir.Value | None = None,
     role: str = "",
+    outputs: int = 1,
+    domain: str = "",
 ) -> ir.Value:
-    """Insert a node with one output and return that output.
+    """Insert a node with ``outputs`` outputs and return the first.
 
     It stands before the node ``before``, or right behind what writes the value ``behind``.
     ``output`` names the value (made unique; the node gets the same name); ``like`` is a value whose
@@ -480,11 +488,11 @@ def insert(
     if like is not None:
         value.type, value.shape = like.type, like.shape
     node = ir.Node(
-        "",
+        domain,
         op_type,
         inputs,
         attributes=ir.convenience.convert_attributes(attributes or {}),
-        outputs=[value],
+        outputs=[value, *(ir.Value(name=unique(model, output)) for _ in range(outputs - 1))],
         name=unique_node(model, value.name or output),
     )
     if role:

@@ -42,7 +42,7 @@ _CACHED = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class IntFormat:
-    """A grid of whole numbers of ``bits`` (2 to 8), signed (two's complement) or unsigned."""
+    """A grid of whole numbers of ``bits`` (2 to 8, 16), signed (two's complement) or unsigned."""
 
     bits: int
     signed: bool
@@ -64,8 +64,8 @@ class IntFormat:
 
     @property
     def stored(self) -> IntFormat:
-        """The format that holds these codes in a file: 4 bits up to 4, else 8."""
-        return IntFormat(4 if self.bits <= 4 else 8, self.signed)
+        """The format that holds these codes in a file: 4 bits up to 4, 8 up to 8, else 16."""
+        return IntFormat(next(b for b in (4, 8, 16) if self.bits <= b), self.signed)
 
     @property
     def dtype(self) -> ir.DataType:
@@ -77,10 +77,12 @@ class IntFormat:
 
 
 def parse_format(text: str) -> IntFormat:
-    """Read ``int2`` to ``int8`` or ``uint2`` to ``uint8``; raise PassError for anything else."""
-    match = re.fullmatch(r"(u?)int([2-8])", text)
+    """Read ``int2`` to ``int8``, ``int16``, or those of ``uint``; raise PassError for the rest."""
+    match = re.fullmatch(r"(u?)int([2-8]|16)", text)
     if match is None:
-        raise PassError(f"unknown format {text!r}; known are int2 to int8 and uint2 to uint8")
+        raise PassError(
+            f"unknown format {text!r}; known are int2 to int8 and int16, and those of uint"
+        )
     return IntFormat(int(match[2]), not match[1])
 
 

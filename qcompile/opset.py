@@ -79,6 +79,8 @@ def raise_to(model: ir.Model, oldest: int, newest: int) -> None:
     opset = model.opset_imports.get("", 0)
     if opset > newest:
         raise TargetError(f"the model has opset {opset}; this target reads up to {newest}")
+    if oldest > newest:
+        raise TargetError(f"the formats need opset {oldest}; this target reads up to {newest}")
     if opset < oldest:
         converter: Any = version_converter  # partly untyped
         kept = dict(model.graph.initializers)
@@ -89,6 +91,11 @@ def raise_to(model: ir.Model, oldest: int, newest: int) -> None:
         if model.opset_imports.get("", 0) != oldest:
             raise TargetError(f"the model could not be raised from opset {opset} to {oldest}")
     fit_format(model)
+
+
+def lower_format(model: ir.Model, newest: int) -> None:
+    """Lower the version of the file format to that of a runtime which reads opset ``newest``."""
+    model.ir_version = min(model.ir_version, _FORMATS.get(newest, 8))
 
 
 def fit_format(model: ir.Model) -> None:

@@ -35,6 +35,7 @@ class Options:
       ``min_sqnr``: dB of SQNR that every output must have.
     * ``eval``, ``metric``, ``max_drop``: the user's own data, what is measured on it, and how much
       worse than float it may be; layers are given back until it is met (see accuracy, search).
+    * ``measure``: time layers on this machine and take the faster decision (``ort-cpu`` only).
     * ``latency``: measure latency against float, interleaved (``ort-cpu`` only).
     * ``requantize``: take the Q/DQ of a model away that is quantized already.
     * ``resume``: keep the state after every pass, and go on from what a killed run left.
@@ -63,6 +64,7 @@ class Options:
     print_changes: bool = False
     snapshots: pathlib.Path | None = None
     latency: bool = False
+    measure: bool = False
     requantize: bool = False
     resume: bool = False
     log: Callable[[str], None] = pipeline.silent
@@ -78,6 +80,8 @@ class Options:
         for what in ("state", "mask", "tokenizer"):
             if getattr(self, what) is not None and self.calib is None:
                 raise CalibrationError(f"--{what} says how to read calibration data: give --calib")
+        if self.measure and self.calib is None:
+            raise CalibrationError("--measure runs the model on calibration data: give --calib")
         if self.min_sqnr is not None and math.isnan(self.min_sqnr):
             raise QCompileError("--min-sqnr is a number of dB, got nan")
         for what in ("min_sqnr", "eval"):

@@ -81,6 +81,10 @@ class Pass(abc.ABC):
         """The half floats that this pass will compute in."""
         return ()
 
+    def scales(self) -> tuple[str, ...]:
+        """Where this pass wants scales of activations from, beside ``static``."""
+        return ()
+
     def __str__(self) -> str:
         return syntax.render(self.name, self)
 
@@ -157,8 +161,8 @@ def check(passes: Sequence[Pass], targets: Sequence[Target]) -> None:
     """Raise QCompileError for what cannot work, before anything runs.
 
     Words: the order of the passes. Extras: packages that a pass needs. Targets: each format of
-    weights, activations and half floats that a pass will ask for must be one that the target can
-    hold.
+    weights, activations and half floats, and each scale taken at run time, that a pass will ask for
+    must be one that the target can hold.
     """
     problem = _first_problem(passes)
     if problem is not None:
@@ -179,6 +183,8 @@ def check(passes: Sequence[Pass], targets: Sequence[Target]) -> None:
                 target.refuse_input(form, str(step))
             for form in step.float_formats():
                 target.refuse_float(form, str(step))
+            for scale in step.scales():
+                target.refuse_scale(scale, str(step))
 
 
 def _first_problem(passes: Sequence[Pass]) -> tuple[Pass, str | None, Pass | None] | None:

@@ -10,6 +10,7 @@ RECIPES = {
     "fp16": "simplify,recompose,fold-bn,cast-half",
     "int8-fp16": "simplify,recompose,fold-bn,calibrate,quantize,cast-half,insert-qdq",
     "int8": "simplify,recompose,fold-bn,calibrate,quantize,insert-qdq",
+    "int8-dynamic": "simplify,recompose,fold-bn,quantize{scale=dynamic},insert-qdq",
     "int8-rotated": "simplify,recompose,fold-bn,smooth-hadamard,calibrate,quantize,insert-qdq",
 }
 

@@ -286,7 +286,10 @@ def _stored_bytes(lowered: ir.Model) -> dict[str, int]:
         for name in graph.origins(node):
             total = 0
             more = node.op_type in (*graph.RECURRENT, "MatMulNBits", "GatherBlockQuantized")
-            for value in node.inputs[: 3 if more else 2]:
+            read = node.inputs[: 3 if more else 2]
+            if node.op_type == "MatMulIntegerToFloat":
+                read = node.inputs[1:6:2]  # codes, scale and zero point of the weight
+            for value in read:
                 producer = value.producer() if value is not None else None
                 parts = [value] if producer is None else []
                 if producer is not None and producer.op_type == "DequantizeLinear":

@@ -24,9 +24,13 @@ _MOVES = frozenset(
 def strip(model: ir.Model) -> int:
     """Remove every Q/DQ pair and dequantize every constant of the main graph, in place; how many.
 
-    Operators between the two of a pair that only move elements then move floats. Integer operators
-    (QLinearConv, MatMulInteger, ...) stay; the caller refuses what is left.
+    Operators between the two of a pair that only move elements then move floats. Of the integer
+    operators MatMulIntegerToFloat, which ``ort-cpu`` writes, is taken apart first; others
+    (QLinearConv, MatMulInteger, ...) stay, and the caller refuses what is left.
     """
+    for node in list(model.graph):
+        if node.op_type == "MatMulIntegerToFloat":
+            _unfold(model, node)
     count = 0
     for node in list(model.graph):
         if node.op_type != "DequantizeLinear" or node.inputs[0] is None:
@@ -49,6 +53,35 @@ def strip(model: ir.Model) -> int:
             count += 1
     graph.remove_dead(model)
     return count
+
+
+def _unfold(model: ir.Model, node: ir.Node) -> None:
+    """Write MatMulIntegerToFloat as DequantizeLinear of both sides, MatMul and Add."""
+    codes, weight, scale, weight_scale, zero, weight_zero, bias, *_ = [*node.inputs, *[None] * 3]
+    last = node.outputs[0]
+    name = last.name or "product"
+    dynamic = codes.producer() if codes is not None else None
+    if dynamic is not None and dynamic.op_type == "DynamicQuantizeLinear":
+        entered = dynamic.inputs[0]
+    else:
+        entered = graph.insert(
+            model, "DequantizeLinear", [codes, scale, zero], output=f"{name}/input", before=node
+        )
+    held = graph.insert(
+        model, "DequantizeLinear", [weight, weight_scale, weight_zero], {"axis": 1},
+        output=f"{name}/weight", before=node,
+    )  # fmt: skip
+    product = graph.insert(
+        model, "MatMul", [entered, held], output=f"{name}/matmul", before=node, like=last
+    )
+    if bias is not None:
+        product = graph.insert(
+            model, "Add", [product, bias], output=f"{name}/biased", before=node, like=last
+        )
+    for value in (entered, held):
+        if value is not None and value.type is None:
+            value.type = last.type
+    graph.redirect(model, last, product, keep=lambda _: False)
 
 
 def _back(codes: ir.Value) -> tuple[list[ir.Node], ir.Node | None]:

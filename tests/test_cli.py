@@ -13,6 +13,7 @@ from command import Command, Result, names, process
 from graphs import CHAIN, graph, proto, samples
 
 from qcompile import execute, recipes, registry
+from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.capture import capture
 from qcompile.models import fashion
 
@@ -67,7 +68,7 @@ def test_the_report_and_the_file_say_how_it_was_made(here: pathlib.Path, qcompil
     written = json.loads((here / "result" / "report.json").read_text())
     stamp = json.loads(execute.load(here / "result" / "model.onnx").metadata_props["qcompile"])
     assert written["pipeline"] == stamp["pipeline"] == recipes.RECIPES["int8"]
-    assert written["target"] == stamp["target"] == "ort-cpu"
+    assert written["target"] == stamp["target"] == str(OrtCpu())
     assert written["seed"] == stamp["seed"] == 7
     assert written["data"]["digest"] == stamp["data"]
     assert stamp["random_calibration"] is False

@@ -134,7 +134,9 @@ def test_names_round_trip(form: IntFormat) -> None:
     assert numerics.parse_format(str(form)) == form
 
 
-@pytest.mark.parametrize("text", ["int9", "int1", "float", "", "INT8", "int8 ", "uint", "int16"])
+@pytest.mark.parametrize(
+    "text", ["int9", "int1", "float", "", "INT8", "int8 ", "uint", "int12", "int32"]
+)
 def test_unknown_formats_are_rejected(text: str) -> None:
     with pytest.raises(PassError, match=r"unknown format .*known are int2 to int8"):
         numerics.parse_format(text)
@@ -361,7 +363,7 @@ def histogram_loss(
 
 @given(arrays(1, 40), st.integers(2, 8), st.sampled_from([("mse", 2.0), ("pnorm", 2.4)]))
 def test_a_histogram_search_is_never_worse_than_min_max(
-    array: Floats, bits: int, search: tuple[RangeMethod, float]
+    array: Floats, bits: int, search: tuple[ActivationMethod, float]
 ) -> None:
     form, (method, power) = IntFormat(bits, False), search
     # numpy's own histogram cannot place numbers a few units in the last place apart.

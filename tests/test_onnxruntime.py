@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from lowering import Array, Lowered
 
 import qcompile
-from qcompile import execute, graph, numerics, simulate, spec
+from qcompile import compiler, execute, graph, numerics, simulate, spec
+from qcompile.backends import ort_isa
 from qcompile.backends.onnxruntime import OrtCpu, kernels
+from qcompile.backends.ort_isa import Isa
 from qcompile.errors import PassError, TargetError
 from qcompile.models import fashion
 
@@ -116,6 +118,190 @@ def test_a_matmul_with_a_bias_never_becomes_a_float_gemm(tmp_path: pathlib.Path,
     result = lower(BIASED.format(rows), tmp_path)
     assert precisions(result) == {"m": "int8"}
     assert not {"Gemm", "FusedGemm", "MatMul", "FusedMatMul"} & set(runs(result))
+
+
+FLOATS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Conv", "FusedConv"}
+
+
+@pytest.mark.parametrize("behind", ["Relu", "Tanh", "Gelu", "Identity"])
+@pytest.mark.parametrize("rows", ["N", "N,5"])
+def test_a_biased_matmul_is_integer_whatever_stands_behind(
+    tmp_path: pathlib.Path, behind: str, rows: str
+) -> None:
+    source = BIASED.format(rows).replace("y = Add(m, b)", f"a = Add(m, b) y = {behind}(a)")
+    model = lowering.graph_of(source, opset=21)
+    result = lowering.lower(model, OrtCpu(), tmp_path)
+    assert precisions(result) == {"m": "int8"}
+    assert not FLOATS & set(runs(result))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        """(float[N,3,16] x) => (float[N,3,16] y) <float[16,16] w, float[16] b, float[16] c> {
+            m = MatMul(x, w) a = Add(m, b) r = Relu(a) n = MatMul(r, w) y = Add(n, c) }""",
+        """(float[N,16] x) => (float[N,8] y, float[N,8] z) <float[8,16] w, float[8] b, float[8] c> {
+            y = Gemm<transB=1>(x, w, b) z = Gemm<transB=1>(x, w, c) }""",
+        "(float[1,1] x) => (float[1,1] y) <float[1,1] w, float[1] b> { m=MatMul(x,w) y=Add(m,b) }",
+        "(float[1,1] x) => (float[1,1] y) <float[1,1] w, float[1] b> { y = Gemm(x, w, b) }",
+        """(float[N,1,4] x) => (float[N,1,1] y) <float[4,1] w, float[1] b> {
+            m = MatMul(x, w) y = Add(m, b) }""",
+        """(float[N,4,8] x) => (float[N,4,8] y) <float[8,8] w, float[8] b> {
+            t = Transpose<perm=[1,0]>(w) m = MatMul(x, t) y = Add(b, m) }""",
+    ],
+)
+def test_shared_turned_and_tiny_weights_with_a_bias_are_integer(
+    tmp_path: pathlib.Path, source: str
+) -> None:
+    result = lower(source, tmp_path)
+    assert set(precisions(result).values()) == {"int8"}
+    assert not FLOATS & set(runs(result))
+
+
+@pytest.mark.parametrize("rank", ["", "5,"])
+def test_a_vector_keeps_its_float_kernel_and_a_row_does_not(
+    tmp_path: pathlib.Path, rank: str
+) -> None:
+    source = f"""(float[{rank}32] x) => (float[{rank}16] y) <float[32,16] w, float[16] b> {{
+        m = MatMul(x, w) y = Add(m, b) }}"""
+    assert precisions(lower(source, tmp_path)) == {"m": "int8" if rank else "float"}
+
+
+# -- activations that a Conv absorbs, or not ------------------------------------------------------
+
+TWO_READERS = """(float[N,8,8,8] x) => (float[N,8,8,8] y, float[N,8,8,8] z)
+<float[8,8,1,1] w, float[8,8,1,1] v> {{ c = Conv(x, w) {between} y = Conv(r, v) z = {read} }}"""
+
+
+@pytest.mark.parametrize("read", ["Softplus(r)", "Add(r, r)", "Conv(r, w)"])
+@pytest.mark.parametrize(
+    "between",
+    [
+        "r = Relu(c)",
+        "low = Constant<value_float=0.0>() high = Constant<value_float=6.0>()"
+        " r = Clip(c, low, high)",
+    ],
+)
+def test_an_absorbed_activation_may_have_other_readers(
+    tmp_path: pathlib.Path, between: str, read: str
+) -> None:
+    result = lower(TWO_READERS.format(between=between, read=read), tmp_path)
+    assert set(precisions(result).values()) == {"int8"}
+    assert not (FLOATS | {"Relu", "Clip"}) & set(runs(result))
+
+
+@pytest.mark.parametrize("activation", ["LeakyRelu", "Sigmoid", "HardSwish", "HardSigmoid", "Elu"])
+def test_a_conv_is_integer_before_what_it_cannot_absorb(
+    tmp_path: pathlib.Path, activation: str
+) -> None:
+    source = TWO_READERS.format(between=f"r = {activation}(c)", read="Softplus(r)")
+    result = lower(source, tmp_path)
+    assert set(precisions(result).values()) == {"int8"}
+    assert not FLOATS & set(runs(result))
+
+
+def test_a_conv_is_integer_where_its_output_is_one_of_the_graph(tmp_path: pathlib.Path) -> None:
+    source = """(float[N,8,8,8] x) => (float[N,8,8,8] c, float[N,8,8,8] y)
+    <float[8,8,1,1] w, float[8,8,1,1] v> { c = Conv(x, w) r = Relu(c) y = Conv(r, v) }"""
+    result = lower(source, tmp_path)
+    assert set(precisions(result).values()) == {"int8"}
+
+
+# -- scales taken at run time ---------------------------------------------------------------------
+
+DYNAMIC = "simplify,quantize{scale=dynamic}"
+
+
+@pytest.mark.parametrize("source", [MATMUL, GEMM, BIASED.format("N"), BIASED.format("N,5")])
+def test_a_scale_taken_at_run_time_is_one_kernel_and_needs_no_range(
+    tmp_path: pathlib.Path, source: str
+) -> None:
+    result = lower(source, tmp_path, DYNAMIC)
+    assert {ran.kernel for ran in result.proof.values()} == {"DynamicQuantizeMatMul"}
+    assert runs(result) == ["DynamicQuantizeMatMul"]
+    judge = simulate.Judge(result.reference, result.calibration.judges)
+    assert judge.worst(execute.Session(result.folder / "model.onnx")) > 35
+
+
+def test_without_convs_a_scale_taken_at_run_time_needs_no_data(tmp_path: pathlib.Path) -> None:
+    [result] = qcompile.compile(
+        lowering.graph_of(BIASED.format("N,5")), tmp_path / "out", passes="@int8-dynamic"
+    )
+    assert result.report.share["weights"] == {"int8": 1.0}
+
+
+def test_a_conv_keeps_a_static_scale_or_is_refused(tmp_path: pathlib.Path) -> None:
+    assert precisions(lower(CONV, tmp_path, "calibrate,quantize{scale=dynamic}")) == {"y": "int8"}
+    with pytest.raises(PassError, match="a Conv takes no scale at run time"):
+        lower(CONV, tmp_path, DYNAMIC)
+
+
+def test_outliers_that_calibration_never_saw_cost_a_dynamic_scale_less(
+    tmp_path: pathlib.Path,
+) -> None:
+    found: list[float] = []
+    for number, passes in enumerate((DYNAMIC, "simplify,calibrate,quantize")):
+        result = lower(BIASED.format("N,5"), tmp_path / str(number), passes)
+        wide = {"x": 4 * result.calibration.judges[0]["x"]}
+        wanted = execute.execute(result.reference, wide)["y"]
+        found.append(simulate.sqnr(wanted, execute.execute(result.model, wide)["y"]))
+    assert found[0] > found[1] + 10
+
+
+# -- instruction sets, versions, 16 bits ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", ["avx512-vnni", "avx-vnni", "avx2", "arm"])
+@pytest.mark.parametrize(
+    "source", [CONV_RELU, CONV_CLIP, RESIDUAL, POOLED, GEMM, MATMUL, BIASED.format("N,5")]
+)
+def test_every_instruction_set_has_integer_kernels(
+    tmp_path: pathlib.Path, source: str, isa: Isa
+) -> None:
+    result = lowering.lower(source, OrtCpu(isa=isa), tmp_path)
+    assert set(precisions(result).values()) == {"int8"}
+    # 7 bits cost 6 dB of the 28 that the layers here keep.
+    judge = simulate.Judge(result.reference, result.calibration.judges)
+    assert judge.worst(execute.Session(result.folder / "model.onnx")) > 22
+
+
+def test_the_text_of_the_target_says_what_a_file_was_made_for() -> None:
+    here = str(OrtCpu())
+    assert here == f"ort-cpu{{isa={ort_isa.machine()} version={ort_isa.installed()}}}"
+    assert compiler.parse_target(here) == OrtCpu()
+
+
+def test_untested_instruction_sets_and_other_versions_are_said(tmp_path: pathlib.Path) -> None:
+    result = lowering.lower(MATMUL, OrtCpu(isa="arm", version="1.17"), tmp_path)
+    notes = " ".join(OrtCpu(isa="arm", version="1.17").notes(result.model))
+    assert "untested" in notes and "made for arm and ONNX Runtime 1.17" in notes
+    assert OrtCpu().notes(result.model) == []
+
+
+def test_an_older_version_gets_an_older_file_or_is_refused(tmp_path: pathlib.Path) -> None:
+    result = lowering.lower(MATMUL, OrtCpu(version="1.17"), tmp_path)
+    assert result.model.opset_imports[""] <= 20 and result.model.ir_version <= 9
+    with pytest.raises(TargetError, match="formats need opset 21; this target reads up to 20"):
+        lowering.lower(
+            WIDE, OrtCpu(version="1.17"), tmp_path, "simplify,quantize{weight=int4 input=float}"
+        )
+
+
+@pytest.mark.parametrize("version", ["1", "new", "1.16"])
+def test_a_version_that_is_none_or_too_old_is_refused(version: str) -> None:
+    with pytest.raises(TargetError, match=r"no version|not supported"):
+        OrtCpu(version=version)
+
+
+@pytest.mark.parametrize("source", [CONV_RELU, RESIDUAL, GEMM])
+def test_16_bit_activations_run_in_float_and_say_so(tmp_path: pathlib.Path, source: str) -> None:
+    result = lower(source, tmp_path, "simplify,calibrate,quantize{input=int16}")
+    assert {ran.precision for ran in result.proof.values()} == {"float"}
+    assert all("16-bit" in ran.reason for ran in result.proof.values())
+    assert any("for the accuracy alone" in note for note in OrtCpu().notes(result.model))
+    # What is left is the noise of 8-bit weights alone.
+    judge = simulate.Judge(result.reference, result.calibration.judges)
+    assert judge.worst(execute.Session(result.folder / "model.onnx")) > 40
 
 
 @pytest.mark.parametrize("bias", ["1", "1,16", "1,1,16"])

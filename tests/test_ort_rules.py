@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 
@@ -13,8 +14,8 @@ import pytest
 from lowering import Array
 
 from qcompile import execute, graph, numerics, spec, text, verify
-from qcompile.backends import ort_rules
-from qcompile.backends.base import Lowering
+from qcompile.backends import ort_isa, ort_rules
+from qcompile.backends.base import Kernels, Lowering, affine
 from qcompile.backends.onnxruntime import OrtCpu
 
 CONV = """(float[N,4,8,8] x) => (float[N,8,6,6] y) <float[8,4,3,3] w, float[8] b> {
@@ -39,11 +40,12 @@ def act(
     passes: str = lowering.DECIDE,
     arrays: Mapping[str, Array] | None = None,
     samples: list[dict[str, Array]] | None = None,
+    kernels: Kernels | None = None,
 ) -> tuple[int, list[str], Lowering]:
     """How often ``rule`` acts on the decided ``source``, the lines it changes, and the lowering."""
     model = lowering.graph_of(source, arrays)
     lowering.decide(model, passes, samples)
-    low = Lowering(model)
+    low = Lowering(model, kernels)
     for step in ort_rules.DIALECT:
         before = text.render(model, weights=True)
         count = step.apply(low)
@@ -63,17 +65,20 @@ def test_every_rule_has_a_test_here_and_a_reason() -> None:
     names = [rule.name for rule in ort_rules.DIALECT]
     assert names == [
         "keep-float",
+        "seven-bits",
         "bias-range",
         "gemm-alone",
         "packed-weights",
         "packed-embeddings",
         "weights",
         "inputs",
+        "dynamic-inputs",
         "channels-of-four",
         "conv-output",
         "between",
         "int32-bias",
         "matmul-bias",
+        "plain-sum",
     ]
     tests = "\n".join(globals())
     for rule in ort_rules.DIALECT:
@@ -191,7 +196,8 @@ def test_bias_range_widens_the_scale_of_the_channel_that_would_overflow() -> Non
     assert layer.input is not None
     found = graph.range_of(low.model, layer.input.value)
     assert found is not None
-    steps = np.abs(bias) / (float(ort_rules.unsigned(*found).scale) * after)
+    grid = affine(low.kernels.activations, found)
+    steps = np.abs(bias) / (float(grid.scale) * after)
     assert steps.max() == pytest.approx(2.0**30, rel=1e-5)
 
 
@@ -212,6 +218,110 @@ def test_bias_range_leaves_fitted_codes() -> None:
         spec.TensorSpec(decided.format, decided.axis, scale=decided.scale, codes=decided.scale)
     )
     assert ort_rules.bias_range(low) == 0
+
+
+# -- seven-bits ---------------------------------------------------------------------------------
+
+AVX2 = ort_isa.kernels("avx2", "1.32")
+
+
+def test_seven_bits_narrows_weights_beside_a_quantized_input_without_vnni() -> None:
+    count, changed, low = act(GEMM, "seven-bits", kernels=AVX2)
+    assert (count, changed[0]) == (1, "+w %w/scale/narrow: f32[4]")
+    arrays = {n: graph.constant(v) for n, v in low.model.graph.initializers.items()}
+    np.testing.assert_allclose(arrays["w/scale/narrow"], arrays["w/scale"] * (127 / 63), rtol=1e-6)
+    [layer] = low.layers
+    assert layer.weight.spec is not None and layer.weight.spec.format == "int7"
+
+
+def test_seven_bits_keep_two_products_below_sixteen_bits() -> None:
+    _, _, low = act(GEMM, "weights", kernels=AVX2)
+    codes = np.abs(graph.constant(low.model.graph.initializers["w/codes"]).astype(np.int64))
+    assert codes.max() > 60 and 2 * 255 * codes.max() < 2**15
+
+
+@pytest.mark.parametrize(
+    ("passes", "isa"),
+    [
+        (lowering.DECIDE, "avx512-vnni"),
+        (lowering.DECIDE, "avx-vnni"),
+        (lowering.DECIDE, "arm"),
+        (lowering.WEIGHT_ONLY, "avx2"),
+        ("simplify,calibrate,quantize{weight=int6}", "avx2"),
+    ],
+)
+def test_seven_bits_leaves_vnni_arm_narrow_weights_and_weights_alone(passes: str, isa: str) -> None:
+    kernels = ort_isa.kernels(isa, "1.32")
+    assert act(GEMM, "seven-bits", passes, kernels=kernels)[:2] == (0, [])
+
+
+def test_keep_float_leaves_fitted_8_bit_codes_without_vnni() -> None:
+    model = lowering.graph_of(GEMM)
+    lowering.decide(model)
+    low = Lowering(model, AVX2)
+    use = low.layers[0].weight
+    assert use.spec is not None
+    use.decide(dataclasses.replace(use.spec, codes=use.spec.scale))
+    assert ort_rules.keep_float(low) == 1
+    assert "fit int7" in low.layers[0].node.metadata_props[graph.REASON]
+
+
+def test_keep_float_leaves_8_bit_weights_alone_before_1_22() -> None:
+    kernels = ort_isa.kernels("avx2", "1.21")
+    assert act(GEMM, "keep-float", lowering.WEIGHT_ONLY, kernels=kernels)[0] == 1
+    assert act(GEMM, "keep-float", lowering.WEIGHT_ONLY, kernels=AVX2)[0] == 0
+
+
+# -- dynamic-inputs -----------------------------------------------------------------------------
+
+DYNAMIC = "simplify,quantize{scale=dynamic}"
+
+
+def test_dynamic_inputs_take_their_scale_from_the_tensor() -> None:
+    count, changed, low = act(RANK_3.format(bias=4), "dynamic-inputs", DYNAMIC)
+    assert count == 1
+    made = [line for line in nodes(changed) if line[0] == "+"]
+    assert made[0] == (
+        "+%x/dynamic: u8[N,3,8], %x/dynamic.1: f32[], %x/dynamic.2: u8[] ="
+        " DynamicQuantizeLinear(%x)"
+    )
+    assert (
+        "+%y: f32[N,3,4] = com.microsoft::MatMulIntegerToFloat(%x/dynamic, %w/codes,"
+        " %x/dynamic.1, %w/scale, %x/dynamic.2, %w/zero_point, %b/flat)"
+    ) in made
+    assert not any(name.endswith("/range") for name in low.model.graph.initializers)
+
+
+def test_dynamic_inputs_that_two_layers_read_are_quantized_once() -> None:
+    source = """(float[N,8] x) => (float[N,4] y, float[N,4] z) <float[8,4] w, float[8,4] v> {
+        y = MatMul(x, w)
+        z = MatMul(x, v)
+    }"""
+    count, changed, _ = act(source, "dynamic-inputs", DYNAMIC)
+    assert count == 2
+    assert sum("DynamicQuantizeLinear" in line for line in changed) == 1
+
+
+def test_dynamic_inputs_leave_static_ones() -> None:
+    assert act(GEMM, "dynamic-inputs")[:2] == (0, [])
+
+
+# -- plain-sum ----------------------------------------------------------------------------------
+
+
+def test_plain_sum_stands_before_a_layer_normalization() -> None:
+    source = """(float[N,3,8] x, float[N,3,8] r) => (float[N,3,8] y) <float[8] g, float[8,8] w> {
+        s = Add(x, r)
+        n = LayerNormalization(s, g)
+        y = MatMul(n, w)
+    }"""
+    count, changed, _ = act(source, "plain-sum")
+    assert count == 1
+    assert changed == ["-%s: f32[N,3,8] = Add(%x, %r)", "+%s: f32[N,3,8] = Sum(%x, %r)"]
+
+
+def test_plain_sum_leaves_other_additions() -> None:
+    assert act(RESIDUAL, "plain-sum")[:2] == (0, [])
 
 
 # -- channels-of-four ---------------------------------------------------------------------------
@@ -474,6 +584,23 @@ def test_inputs_leave_weight_only_layers() -> None:
     assert act(GEMM, "inputs", lowering.WEIGHT_ONLY)[:2] == (0, [])
 
 
+def test_inputs_on_arm_are_signed_and_behind_a_relu_have_the_lowest_zero_point() -> None:
+    source = """(float[N,8] x) => (float[N,4] y) <float[8,4] w> {
+        r = Relu(x)
+        y = MatMul(r, w)
+    }"""
+    _, _, low = act(source, "inputs", kernels=ort_isa.kernels("arm", "1.32"))
+    zero = low.model.graph.initializers["r/zero_point"]
+    assert (zero.dtype, int(graph.constant(zero))) == (ir.DataType.INT8, -128)
+
+
+def test_inputs_of_16_bits_and_what_is_between_keep_16_bits() -> None:
+    _, _, low = act(RESIDUAL, "between", "simplify,calibrate,quantize{input=int16}")
+    found = {n: v.dtype for n, v in low.model.graph.initializers.items() if "zero_point" in n}
+    activations = [kind for name, kind in found.items() if name[0] in "xcsy"]
+    assert set(activations) == {ir.DataType.UINT16}
+
+
 # -- conv-output --------------------------------------------------------------------------------
 
 
@@ -619,18 +746,33 @@ def test_matmul_bias_of_rank_2_becomes_a_gemm(order: str) -> None:
     assert gemm is not None and graph.origins(gemm) == ("m",)
 
 
-def test_matmul_bias_of_rank_3_gets_leading_ones() -> None:
-    source = """(float[N,3,8] x) => (float[N,3,4] y) <float[8,4] w, float[4] b> {
-        m = MatMul(x, w)
-        y = Add(m, b)
-    }"""
-    count, changed, _ = act(source, "matmul-bias")
+RANK_3 = """(float[N,3,8] x) => (float[N,3,4] y) <float[8,4] w, float[{bias}] b> {{
+    m = MatMul(x, w)
+    y = Add(m, b)
+}}"""
+
+
+def test_matmul_bias_of_rank_3_becomes_one_kernel() -> None:
+    count, changed, low = act(RANK_3.format(bias=4), "matmul-bias")
     assert count == 1
-    assert changed == [
-        "+w %b/rank3: f32[1,1,4]",
-        "-%y: f32[N,3,4] = Add(%m, %b)",
-        "+%y: f32[N,3,4] = Add(%m, %b/rank3)",
-    ]
+    assert (
+        "+%y: f32[N,3,4] = com.microsoft::MatMulIntegerToFloat(%x/quantized, %w/codes, %x/scale,"
+        " %w/scale, %x/zero_point, %w/zero_point, %b/flat)"
+    ) in changed
+    kernel = low.model.graph.outputs[0].producer()
+    assert kernel is not None and graph.origins(kernel) == ("m",)
+
+
+@pytest.mark.parametrize("bias", ["1", "1,4", "1,1,4", "1,1,1"])
+def test_matmul_bias_has_one_number_a_channel(bias: str) -> None:
+    count, _, low = act(RANK_3.format(bias=bias), "matmul-bias")
+    assert count == 1
+    assert graph.constant(low.model.graph.initializers["b/flat"]).shape == (4,)
+
+
+def test_matmul_bias_beside_16_bit_inputs_stays_an_add() -> None:
+    passes = "simplify,calibrate,quantize{input=int16}"
+    assert act(RANK_3.format(bias=4), "matmul-bias", passes)[:2] == (0, [])
 
 
 def test_matmul_bias_of_higher_rank_than_the_product_is_left() -> None:

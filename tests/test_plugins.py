@@ -129,7 +129,8 @@ def test_a_pass_and_a_target_of_a_package_compile_a_real_model(tmp_path: pathlib
     padded: dict[str, int] = {}
     for target in targets:
         report = json.loads((out / target / "report.json").read_text())
-        assert (report["pipeline"], report["target"]) == (passes, target)
+        named = report["target"].partition("{")[0]  # the options are those of this machine
+        assert (report["pipeline"], named) == (passes, target)
         assert report["share"]["macs"]["int8"] == pytest.approx(1.0)
         written = execute.load(out / target / "model.onnx")
         padded[target] = sum(node.op_type == "Pad" for node in written.graph)

@@ -17,7 +17,13 @@ from qcompile.models import fashion
 
 @pytest.mark.parametrize("name", [fashion.CNN, fashion.VIT])
 @pytest.mark.parametrize(
-    "quantize", ["quantize", "quantize{granularity=tensor}", "quantize{weight=int4 input=float}"]
+    "quantize",
+    [
+        "quantize",
+        "quantize{granularity=tensor}",
+        "quantize{weight=int4 input=float}",
+        "quantize{scale=dynamic}",
+    ],
 )
 def test_a_compiled_model_without_its_pairs_is_the_float_model_with_rounded_weights(
     name: str, quantize: str, tmp_path: pathlib.Path

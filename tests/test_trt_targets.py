@@ -55,7 +55,7 @@ def test_its_text_reads_back() -> None:
 @pytest.mark.parametrize(
     ("version", "limit"), [("10.0", 21), ("10.5", 21), ("10.6", 22), ("10.13", 22), ("11.4", 25)]
 )
-def test_each_version_reads_opsets_up_to_its_own(version: str, limit: int) -> None:
+def test_each_version_opset_limits_up_to_its_own(version: str, limit: int) -> None:
     assert TensorRt(version, "ada").opset_limit() == limit
 
 

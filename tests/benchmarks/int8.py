@@ -98,6 +98,13 @@ def public(name: str) -> Callable[[], Iterable[Sample]]:
     return samples
 
 
+def vision(name: str) -> Iterable[Sample]:
+    """The data ``name`` of the torchvision networks."""
+    from qcompile.models import vision as module
+
+    return getattr(module, name)()
+
+
 def fashion_work(name: str, file: str) -> Work:
     path, data = fashion.path(file), fashion.path(fashion.CALIBRATION)
     return Work(name, str(path), str(data), fashion_judge, lambda: fashion.test()[1])
@@ -121,6 +128,17 @@ ROTATED = dataclasses.replace(
     passes="fold-bn,smooth-hadamard{block=32},calibrate,quantize,insert-qdq",
     targets=("ort-cpu",),
 )
+DYNAMIC = dataclasses.replace(
+    MINILM, name="MiniLM, dynamic", passes="@int8-dynamic", targets=("ort-cpu",)
+)
+MOBILENET, VIT_B = (
+    Work(
+        f"{name}, random weights", f"qcompile.models.vision:{factory}",
+        "qcompile.models.vision:classification_calibration",
+        lambda: vision("classification_judge"), targets=("ort-cpu",),
+    )
+    for name, factory in (("MobileNetV2", "mobilenet_v2"), ("ViT-B/16", "vit_b_16"))
+)  # fmt: skip
 
 
 def powers(
@@ -184,7 +202,7 @@ def measure(work: Work, seed: int) -> tuple[list[Row], list[report.Report]]:
             rows.append(
                 Row(
                     work=work.name,
-                    target=here.target,
+                    target=here.target.partition("{")[0],
                     passes=work.passes,
                     sqnr=float(10 * np.log10(signal.sum() / noise.sum())),
                     interval=bootstrap(signal, noise, seed),
@@ -216,7 +234,10 @@ def claims(rows: list[Row], seeds: int) -> list[Claim]:
 
     by_name = {(row.work, row.target): row for row in rows}
     least = {"EfficientNet-Lite0": 18.0, "MiniLM": 17.0}
-    slowest = {"EfficientNet-Lite0": 0.5, "MiniLM": 0.6, RESNET.name: 1 / 3}
+    slowest = {
+        "EfficientNet-Lite0": 0.46, "MiniLM": 0.5, RESNET.name: 0.29, MOBILENET.name: 0.42,
+        VIT_B.name: 0.33,
+    }  # fmt: skip
     for (name, target), row in by_name.items():
         if target != "ort-cpu":
             continue
@@ -266,7 +287,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the bootstrap")
     parser.add_argument("--json", type=pathlib.Path, help="write rows and claims to this file")
     arguments = parser.parse_args()
-    works = SHIPPED if arguments.quick else (*SHIPPED, RESNET, LITE0, MINILM, ROTATED)
+    works = SHIPPED if arguments.quick else (
+        *SHIPPED, RESNET, MOBILENET, VIT_B, LITE0, MINILM, ROTATED, DYNAMIC,
+    )  # fmt: skip
     rows: list[Row] = []
     for work in works:
         rows += measure(work, arguments.seeds - 1)[0]

@@ -1,0 +1,241 @@
+"""Which layers pay in integers on this machine, by measurement: what ``--measure`` asks.
+
+The model is run in float and as it was decided, with the runtime's profiler, so that every layer is
+timed where it stands: with its shapes, its neighbours, and the memory layout that the runtime gives
+to a chain of such layers, which a layer taken out alone would not have. What a border between float
+and integers costs by element is in the second profile as well. The assignment of least total time
+is then a minimum cut between *integers* and *float* (all costs are those of a node on one side, or
+of a value whose writer and readers lie on two). At last whole models are timed against each other,
+and the fastest is taken, so that a wrong estimate costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import networkx as nx
+import onnx_ir as ir
+
+from qcompile import bench, execute, graph, spec
+from qcompile.backends.base import MOVES, Target
+from qcompile.calibrate import BETWEEN, Calibration
+from qcompile.graph import Layer
+
+Times = Mapping[str, float]
+# Where a model is less than this much faster than another, noise decides.
+MARGIN = 0.02
+# Seconds that one profile may take, and that the comparison of two models may.
+SECONDS = 2.0
+WHY = "faster-in-float-here"
+_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Transpose")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Layers by name: those that become float, and those whose weight alone stays quantized."""
+
+    float: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
+
+    def texts(self) -> list[str]:
+        """The passes that make this choice."""
+        found: list[str] = []
+        if self.float:
+            globs = ",".join(map(graph.glob_of, self.float))
+            found.append(f"set{{layer={globs} weight=float input=float why={WHY}}}")
+        if self.alone:
+            found.append(f"set{{layer={','.join(map(graph.glob_of, self.alone))} input=float}}")
+        return found
+
+
+def choose(
+    decided: ir.Model, target: Target, calibration: Calibration, log: Callable[[str], None]
+) -> Choice:
+    """The choice for the layers of ``decided`` with which the model is fastest here."""
+    layers = [layer for layer in graph.layers(decided) if spec.all_specs(layer.node)]
+    asked = Choice()
+    if not layers:
+        return asked
+    sample = calibration.samples[0]
+    plain = changed(decided, Choice(float=tuple(layer.name for layer in layers)))
+    floats = _profile(plain, target, sample, decided)
+    integers = _profile(decided, target, sample, decided)
+    left = cut(decided, layers, floats, integers, calibration.shapes(decided))
+    linear = [layer.name for layer in layers if _may_stand_alone(layer)]
+    alone: tuple[str, ...] = ()
+    if linear:
+        weights = _profile(changed(decided, Choice(alone=tuple(linear))), target, sample, decided)
+        best = {n: min(floats.node(n) if n in left else integers.node(n), math.inf) for n in linear}
+        alone = tuple(n for n in linear if weights.node(n) < (1 - 5 * MARGIN) * best[n])
+    found = Choice(tuple(sorted(left - set(alone))), alone)
+    log(f"measured: {len(found.float)} of {len(layers)} layers faster in float, {len(alone)} alone")
+    candidates = [asked] if found == asked else [found, asked]
+    return _fastest(decided, target, plain, candidates, calibration, log)
+
+
+def changed(decided: ir.Model, choice: Choice) -> ir.Model:
+    """A copy of ``decided`` with ``choice`` made."""
+    model = decided.clone()
+    for layer in graph.layers(model):
+        if layer.name in choice.float:
+            spec.clear(layer.node)
+        elif layer.name in choice.alone and layer.input is not None:
+            layer.input.decide(None)
+    return model
+
+
+def _may_stand_alone(layer: Layer) -> bool:
+    entered = layer.input.spec if layer.input else None
+    return layer.kind == "linear" and entered is not None and layer.weight.spec is not None
+
+
+# -- profiles -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Microseconds by the name of a node of the decided graph, and of all conversions."""
+
+    times: Times
+    conversions: float
+
+    def node(self, name: str) -> float:
+        """Microseconds of one node; 0 where it was fused into another."""
+        return self.times.get(name, 0.0)
+
+
+def _profile(
+    model: ir.Model, target: Target, sample: Mapping[str, execute.Array], decided: ir.Model
+) -> Profile:
+    """Time every node of ``model`` as lowered; a fused kernel counts for the layer that it is."""
+    lowered = model.clone()
+    target.lower(lowered)
+    layers = {n.name or "": graph.origins(n) for n in lowered.graph if graph.origins(n)}
+    writers = {v.name or "": n.name or "" for n in decided.graph for v in n.outputs}
+    names = {n.name or "" for n in decided.graph}
+    ids = {o: n.name or "" for n in decided.graph for o in graph.origins(n)}
+    times: dict[str, float] = {}
+    conversions = 0.0
+    for (name, kind), duration in execute.profile(lowered, sample, SECONDS).items():
+        stem = re.sub(r"(_token_\d+|_nchwc)+$", "", name.removeprefix("fused "))
+        while stem and stem not in layers and stem not in names and stem not in writers:
+            stem = stem.rpartition("/")[0]
+        of = [ids[o] for o in layers.get(stem, ()) if o in ids]
+        if of:
+            times[of[0]] = times.get(of[0], 0.0) + duration
+        elif kind in _CONVERSIONS and name not in names:
+            conversions += duration
+        elif stem:
+            node = stem if stem in names else writers[stem]
+            times[node] = times.get(node, 0.0) + duration
+    return Profile(times, conversions)
+
+
+# -- the cut ------------------------------------------------------------------------------------
+
+_INTEGERS, _FLOAT = "integers", "float"
+
+
+def cut(
+    model: ir.Model,
+    layers: Sequence[Layer],
+    floats: Profile,
+    integers: Profile,
+    shapes: graph.Shapes,
+) -> set[str]:
+    """The layers that the assignment of least time leaves in float."""
+    decided = {layer.node for layer in layers}
+    follows = {n for n in model.graph if n.op_type in (*MOVES, "Relu", "Clip", *BETWEEN)}
+    writes = {layer.node for layer in layers if layer.kind in ("conv", "depthwise")} | follows
+    whole = {n for n in model.graph if n in decided or n in follows}
+    rate = integers.conversions / max(_borders(model, decided, writes, whole, shapes), 1)
+    network: nx.DiGraph[str] = nx.DiGraph()
+    network.add_nodes_from((_INTEGERS, _FLOAT))
+    for node in whole:
+        name = node.name or ""
+        network.add_edge(_INTEGERS, name, capacity=floats.node(name))
+        network.add_edge(name, _FLOAT, capacity=integers.node(name))
+        if node in follows:
+            for value in node.inputs:
+                writer = value.producer() if value is not None else None
+                if value is None or graph.is_constant(value):
+                    continue
+                known = writer is not None and writer in writes
+                network.add_edge(name, (writer.name or "") if known and writer else _FLOAT)
+    for value in _values(model):
+        size = rate * math.prod(shapes.get(value.name or "", ()))
+        writer = value.producer()
+        source = (writer.name or "") if writer is not None and writer in writes else _FLOAT
+        inside = [use.node for use in graph.readers(value) if use.node in whole]
+        outside = len(inside) < len(graph.readers(value)) or value.is_graph_output()
+        ends = [node.name or "" for node in inside] + ([_FLOAT] if outside else [])
+        out, back = f"from {value.name}", f"to {value.name}"
+        if source != _FLOAT:
+            network.add_edge(source, out, capacity=size)
+            network.add_edges_from((out, end) for end in ends)  # without a capacity: never cut
+        network.add_edge(back, source, capacity=size)
+        network.add_edges_from((end, back) for end in ends if end != _FLOAT)
+    library: Any = nx  # partly untyped
+    sides: tuple[set[str], set[str]] = library.minimum_cut(network, _INTEGERS, _FLOAT)[1]
+    return {layer.name for layer in layers} - sides[0]
+
+
+def _values(model: ir.Model) -> Iterable[ir.Value]:
+    """The activations that are read in the main graph."""
+    for value in (*model.graph.inputs, *(v for n in model.graph for v in n.outputs)):
+        if graph.is_float(value) and not graph.is_constant(value):
+            yield value
+
+
+def _borders(
+    model: ir.Model,
+    decided: set[ir.Node],
+    writes: set[ir.Node],
+    whole: set[ir.Node],
+    shapes: graph.Shapes,
+) -> float:
+    """The elements that are converted where every decided layer runs in integers."""
+    inside = set(decided)
+    for node in model.graph:
+        read = [v for v in node.inputs if v is not None and not graph.is_constant(v)]
+        if node in whole and all(v.producer() in inside & writes for v in read):
+            inside.add(node)
+    count = 0.0
+    for value in _values(model):
+        source = value.producer() in inside & writes
+        sides = {use.node in inside for use in graph.readers(value)}
+        sides |= {False} if value.is_graph_output() else set()
+        count += math.prod(shapes.get(value.name or "", ())) * (sides != {source} and bool(sides))
+    return count
+
+
+# -- whole models -------------------------------------------------------------------------------
+
+
+def _fastest(
+    decided: ir.Model,
+    target: Target,
+    plain: ir.Model,
+    candidates: Sequence[Choice],
+    calibration: Calibration,
+    log: Callable[[str], None],
+) -> Choice:
+    """The candidate of least latency; the last, what was asked, if none is clearly faster."""
+    sessions: list[execute.Session] = []
+    for choice in candidates:
+        model = changed(decided, choice)
+        target.lower(model)
+        sessions.append(execute.Session(model, threads=1))
+    floats = execute.Session(plain, threads=1)
+    rounds = bench.rounds_for(floats, calibration.samples, SECONDS)
+    asked, best, least = candidates[-1], candidates[-1], 1 - MARGIN
+    for choice, session in zip(candidates[:-1], sessions[:-1], strict=True):
+        found = bench.interleaved(sessions[-1], floats, session, calibration.samples, rounds)
+        log(f"measured: {found.ratio_of_minima:.2f} of what was asked")
+        if found.ratio_of_minima < least:
+            best, least = choice, found.ratio_of_minima
+    return best if best is not asked else asked
