@@ -19,7 +19,7 @@ import onnx_ir as ir
 import scipy.linalg
 
 from qcompile import decisions, graph, numerics, patches
-from qcompile.calibrate import LARGEST_GRAM, Gram
+from qcompile.calibrate import GRAM_BYTES, LARGEST_GRAM, Gram
 from qcompile.errors import PassError
 from qcompile.graph import Layer
 from qcompile.numerics import Codes, Floats
@@ -30,8 +30,6 @@ Doubles = npt.NDArray[np.float64]
 
 # Columns that are rounded before the rest of the matrix is brought up to date, in one product.
 _BATCH = 128
-# Bytes of the grams that are in memory at a time.
-_MEMORY = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +109,7 @@ def _portions(shared: Sequence[list[Layer]]) -> Iterator[list[list[Layer]]]:
     for readers in shared:
         kinds = [kind for layer in readers if (kind := patches.of(layer)) is not None]
         needed = sum(8 * math.prod(kind.shape) for kind in kinds)
-        if part and size + needed > _MEMORY:
+        if part and size + needed > GRAM_BYTES:
             yield part
             part, size = [], 0
         part.append(readers)

@@ -31,6 +31,8 @@ JUDGES = 16
 BINS = 2048
 # A gram of this many columns takes half a GiB.
 LARGEST_GRAM = 8192
+# Above this grams that are not asked for again are forgotten.
+GRAM_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +73,13 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True)
 class Gram:
-    """``X.T @ X`` summed over all rows of the input ``X`` [rows, K] of a layer, and their number.
+    """``X.T @ X`` of the rows of the input ``X`` [rows, K] of a layer, their sum and number.
 
-    ``matrix`` is [K, K]; [groups, K, K] for a Conv with groups.
+    ``matrix`` is [K, K] and ``total`` [K]; [groups, K, K] and [groups, K] for a Conv with groups.
     """
 
     matrix: npt.NDArray[np.float64]
+    total: npt.NDArray[np.float64]
     rows: int
 
 
@@ -181,6 +184,9 @@ class Calibration:
             if key not in self._grams:
                 wanted[key] = value, kind
         if wanted:
+            if sum(gram.matrix.nbytes for gram in self._grams.values()) > GRAM_BYTES:
+                kept = set(keyed.values())
+                self._grams = {key: g for key, g in self._grams.items() if key in kept}
             self._grams |= self._multiplied(model, wanted, taken, rows)
         return {name: self._grams[key] for name, key in keyed.items()}
 
@@ -294,15 +300,16 @@ class Calibration:
         readers: dict[str, list[tuple[tuple[str, str], patches.Rows]]] = {}
         for key, (value, kind) in wanted.items():
             readers.setdefault(value, []).append((key, kind))
-            found[key] = Gram(np.zeros(kind.shape), 0)
+            found[key] = Gram(np.zeros(kind.shape), np.zeros(kind.shape[:-1]), 0)
         for name, array in self._observed(model, list(readers), "grams", samples):
             for key, kind in readers[name]:
                 rows = 0
                 for block in kind.blocks(array, most):
                     columns = np.ascontiguousarray(block, np.float32)
                     found[key].matrix[...] += np.swapaxes(columns, -1, -2) @ columns
+                    found[key].total[...] += columns.sum(axis=-2)
                     rows += columns.shape[-2]
-                found[key] = Gram(found[key].matrix, found[key].rows + rows)
+                found[key] = dataclasses.replace(found[key], rows=found[key].rows + rows)
         return found
 
     def _observed(

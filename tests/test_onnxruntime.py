@@ -273,9 +273,9 @@ def test_the_text_of_the_target_says_what_a_file_was_made_for() -> None:
 
 def test_untested_instruction_sets_and_other_versions_are_said(tmp_path: pathlib.Path) -> None:
     result = lowering.lower(MATMUL, OrtCpu(isa="arm", version="1.17"), tmp_path)
-    notes = " ".join(OrtCpu(isa="arm", version="1.17").notes(result.model))
+    notes = " ".join(OrtCpu(isa="arm", version="1.17").notes(result.model, pathlib.Path()))
     assert "untested" in notes and "made for arm and ONNX Runtime 1.17" in notes
-    assert OrtCpu().notes(result.model) == []
+    assert OrtCpu().notes(result.model, pathlib.Path()) == []
 
 
 def test_an_older_version_gets_an_older_file_or_is_refused(tmp_path: pathlib.Path) -> None:
@@ -298,7 +298,9 @@ def test_16_bit_activations_run_in_float_and_say_so(tmp_path: pathlib.Path, sour
     result = lower(source, tmp_path, "simplify,calibrate,quantize{input=int16}")
     assert {ran.precision for ran in result.proof.values()} == {"float"}
     assert all("16-bit" in ran.reason for ran in result.proof.values())
-    assert any("for the accuracy alone" in note for note in OrtCpu().notes(result.model))
+    assert any(
+        "for the accuracy alone" in note for note in OrtCpu().notes(result.model, pathlib.Path())
+    )
     # What is left is the noise of 8-bit weights alone.
     judge = simulate.Judge(result.reference, result.calibration.judges)
     assert judge.worst(execute.Session(result.folder / "model.onnx")) > 40
