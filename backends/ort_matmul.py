@@ -98,7 +98,7 @@ def plain_sum(low: Lowering) -> int:
     """Write the Add in front of a LayerNormalization as Sum, which computes the same.
 
     The runtime makes SkipLayerNormalization of Add and LayerNormalization, which takes four times
-    as long as the two (124 against 30 us for [64, 384], 2.6 against 0.6 ms for [197, 768] x 12).
+    as long as the two (124 against 30 us for [64, 384], 745 against 140 us for [197, 768]).
     """
     count = 0
     for node in low.model.graph:
