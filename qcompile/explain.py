@@ -34,7 +34,7 @@ WIDEST = 100
 def list_passes(out: Console) -> None:
     """Print every pass by the package it comes from, and every recipe."""
     _list(out, registry.passes(), lambda kind: _told(kind)[0])
-    _section(out, "recipes", ((f"@{name}", text) for name, text in recipes.RECIPES.items()))
+    _section(out, "recipes", ((f"@{name}", what) for name, what in recipes.MEANINGS.items()))
     _line(out, "explain:  qcompile passes NAME")
     _line(out, "run:      qcompile MODEL --calib DATA --passes 'NAME,NAME{option=value}'")
 
@@ -49,7 +49,7 @@ def list_targets(out: Console) -> None:
 def explain_pass(out: Console, name: str) -> None:
     """Print what a pass does, its options, its words and a pipeline with it; or a recipe."""
     if name.startswith("@"):
-        _line(out, recipes.expand(name))
+        _explain_recipe(out, name)
         return
     kind = _named(registry.passes(), name, "pass")
     meanings = _explain(out, name, _told(kind))
@@ -74,6 +74,18 @@ def explain_target(out: Console, name: str) -> None:
     _section(out, "rules, in order", ((rule.name, rule.why) for rule in kind.dialect))
     _section(out, "origin", _origin(registry.targets(), name, kind))
     _usage(out, f"--target {name}")
+
+
+def _explain_recipe(out: Console, name: str) -> None:
+    """What a recipe is for, what each of its passes does, and its text."""
+    text = recipes.expand(name)
+    steps = pipeline.parse(text, registry.passes())
+    meaning = recipes.MEANINGS.get(name[1:])
+    if meaning is not None:
+        _wrapped(out, "", f"{name}: {meaning}")
+        out.print()
+    _section(out, "passes, in order", ((str(step), _told(type(step))[0]) for step in steps))
+    _usage(out, f"--passes '{text}'", any(step.needs_data() for step in steps))
 
 
 # -- what there is to say -----------------------------------------------------------------------
@@ -203,9 +215,9 @@ def _wrapped(out: Console, start: str, text: str, indent: int = 0) -> None:
         _line(out, line)
 
 
-def _usage(out: Console, options: str) -> None:
+def _usage(out: Console, options: str, data: bool = True) -> None:
     out.print(Text("usage", "bold"))
-    _line(out, f"  qcompile MODEL --calib DATA {options}")
+    _line(out, f"  qcompile MODEL {'--calib DATA ' if data else ''}{options}")
 
 
 def _line(out: Console, text: str) -> None:

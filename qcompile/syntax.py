@@ -206,4 +206,4 @@ def plain(value: Any) -> str:
         return "none"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ",".join(plain(v) for v in typing.cast("Sequence[Any]", value))
-    return str(value)
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)

@@ -35,11 +35,21 @@ def test_lists_name_all_there_is_and_fit_the_terminal(width: int) -> None:
     for show, known in ((explain.list_passes, PASSES), (explain.list_targets, TARGETS)):
         lines = printed(show, width=width).splitlines()
         assert [line.split()[0] for line in lines if re.match(r"  [\w-]", line)] == list(known)
-        lines = [line for line in lines if not line.startswith("  @")]  # to be copied, however long
         assert all(len(line) <= width and line == line.rstrip() for line in lines)
-    for name, text in recipes.RECIPES.items():
-        assert re.search(f"  @{name} +{re.escape(text)}\n", printed(explain.list_passes))
-        assert printed(explain.explain_pass, f"@{name}") == f"{text}\n"
+    assert set(recipes.RECIPES) == set(recipes.MEANINGS)
+    for name, meaning in recipes.MEANINGS.items():
+        assert f"  @{name} " in printed(explain.list_passes, width=width)
+        assert meaning.split(":")[0].split()[0] in printed(explain.list_passes, width=width)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_a_recipe_is_explained_pass_by_pass_and_ends_in_a_line_to_copy(name: str) -> None:
+    text = recipes.RECIPES[name]
+    *said, usage = printed(explain.explain_pass, f"@{name}", width=140).splitlines()
+    assert said[0] == f"@{name}: {recipes.MEANINGS[name]}"
+    assert usage.endswith(f"--passes '{text}'")
+    for step in pipeline.parse(text, PASSES):
+        assert any(line.startswith(f"  {step} ") for line in said)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

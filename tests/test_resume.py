@@ -61,7 +61,7 @@ def test_the_report_of_a_resumed_run_has_every_pass(tmp_path: pathlib.Path) -> N
     assert one["passes"] == other["passes"]
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"passes": "@int8-rotated"}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"passes": "@int8-fast"}])
 def test_another_run_takes_no_state_of_this_one(
     change: dict[str, object], tmp_path: pathlib.Path
 ) -> None:
