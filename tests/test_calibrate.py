@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -266,6 +267,43 @@ def test_blocks_of_patches_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> N
     [parts] = Calibration(calibration.data).grams(model, layers).values()
     np.testing.assert_allclose(parts.matrix, whole.matrix, rtol=1e-5)
     assert parts.rows == whole.rows
+
+
+@pytest.mark.parametrize("text", [TWO_LAYERS, PICTURE, GROUPED, DEPTHWISE, DEEP])
+def test_a_gram_of_some_rows_is_near_that_of_all(text: str) -> None:
+    model, calibration = calibrated(text)
+    layers = list(graph.layers(model))
+    whole = calibration.grams(model, layers)
+    for name, part in calibration.grams(model, layers, rows=3).items():
+        assert part.rows <= 3 * len(calibration.samples) and part.rows <= whole[name].rows
+        one = np.trace(part.matrix, axis1=-2, axis2=-1).sum() / part.rows
+        other = np.trace(whole[name].matrix, axis1=-2, axis2=-1).sum() / whole[name].rows
+        assert 0.5 < one / other < 2.0
+        np.testing.assert_allclose(part.total.shape, whole[name].matrix.shape[:-1])
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 7, 100])
+def test_some_samples_are_evenly_apart(count: int) -> None:
+    samples = Samples.of([{"x": np.array([i])} for i in range(17)])
+    found = [int(sample["x"][0]) for sample in samples.some(count)]
+    assert 1 <= len(found) <= count and found == sorted(found)
+    assert len({b - a for a, b in itertools.pairwise(found)}) <= 1
+
+
+def test_of_sequences_with_state_whole_ones_are_taken() -> None:
+    frames: list[Sample] = [{"x": np.array([i])} for i in range(12)]
+    samples = Samples(frames, [0, 4, 8], {"h": "hn"})
+    assert [len(samples.some(count)) for count in (1, 4, 7, 8, 12)] == [4, 4, 4, 8, 12]
+
+
+def test_moments_along_an_axis_of_some_samples_have_its_extremes() -> None:
+    model, calibration = calibrated(DEEP)
+    found = calibration.moments(model, {"x": 1}, 4)["x"]
+    rows = np.concatenate([np.moveaxis(s["x"], 1, -1) for s in calibration.samples.some(4)])
+    rows = rows.reshape(-1, 5)
+    np.testing.assert_array_equal(found.low, rows.min(axis=0))
+    np.testing.assert_array_equal(found.high, rows.max(axis=0))
+    np.testing.assert_allclose(found.power, (rows.astype(np.float64) ** 2).mean(axis=0), rtol=1e-6)
 
 
 def test_layers_that_read_one_input_alike_share_a_gram_and_a_sweep() -> None:

@@ -1,16 +1,17 @@
 """Weights in 4 bits: accuracy, perplexity, what runs in 4 bits, size, and speed of decoding.
 
-    python tests/benchmarks/int4.py [--quick] [--seeds N] [--json FILE]
+    python tests/benchmarks/int4.py [--quick] [--only WORD] [--seeds N] [--json FILE]
 
 The recipe is ``@int4``; of SmolLM2, whose weights lie on an asymmetric grid of 32 already,
 ``@int4-best`` with blocks of 64. Only weights are quantized, symmetrically, so that a row is its
 own bound. The judge data calibrated nothing. SQNR is over all judge samples together; the
 perplexity is of text apart from that to calibrate, in windows of 256 tokens without a past;
-intervals are 95 % of a bootstrap over samples or windows, for the perplexity of its ratio to float. Shares are of the bytes that weights
-have in float, by the proof; a table that is the head as well counts twice. Decoding is one token at
-a time at batch 1 behind a prompt, the cache fed back, one thread, in turns with float; the null is
-float against itself. ``--quick`` takes the shipped model only. The recipe draws nothing at random,
-so seeds change the bootstrap alone.
+intervals are 95 % of a bootstrap over samples or windows, for the perplexity of its ratio to float.
+Shares are of the bytes that weights have in float, by the proof; a table that is the head as well
+counts twice. Decoding is one token at a time at batch 1 behind a prompt, the cache fed back, one
+thread, in turns with float; the null is float against itself. ``--quick`` takes the shipped model
+only, ``--only WORD`` those with it in their names. The recipe draws nothing at random, so seeds
+change the bootstrap alone.
 """
 
 from __future__ import annotations
