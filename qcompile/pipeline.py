@@ -20,7 +20,7 @@ import networkx as nx
 import numpy as np
 import onnx_ir as ir
 
-from qcompile import graph, spec, syntax, text, verify
+from qcompile import graph, spec, syntax, text, threads, verify
 from qcompile.errors import PassBug, PassError, QCompileError, VerifyError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Context:
         """
         library: Any = joblib  # untyped
         lazy: Iterable[B] = library.Parallel(n_jobs=self.jobs, return_as="generator")(
-            library.delayed(function)(item) for item in items
+            library.delayed(threads.with_one)(function, item) for item in items
         )
         count = len(items) if isinstance(items, Sized) else total
         return list(self.progress(lazy, label, count))
@@ -346,7 +346,8 @@ def _step(
     """Run one pass and check what it left; ``before`` and ``sqnr`` are of the model before it."""
     started = time.perf_counter()
     try:
-        counters = step.run(model, ctx)
+        with threads.one():
+            counters = step.run(model, ctx)
     except PassError as error:
         raise PassError(f"{step}: {error}") from error
     _forget(model, step.invalidates)

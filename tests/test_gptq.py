@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any, ClassVar
 
 import graphs
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import pytest
+import threadpoolctl
 from lowering import calibration_of
 
 from qcompile import decisions, graph, patches, pipeline, registry, simulate, text
@@ -163,6 +169,49 @@ def test_the_number_of_jobs_changes_nothing() -> None:
         pipeline.run(model, steps, context)
         found.append(text.render(model, weights=True))
     assert found[0] == found[1]
+
+
+DETERMINED = """
+import hashlib
+import graphs
+from test_gptq import correlated, run
+from qcompile import text
+wide = "(float[64,384] x) => (float[64,8] y) <float[384,8] w> { y = MatMul(x, w) }"
+model = graphs.graph(wide)
+run(model, "quantize{weight=int4 input=float},gptq{damping=0.001}", correlated(model, 12))
+print(hashlib.sha256(text.render(model, weights=True).encode()).hexdigest())
+"""
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    # 384 columns: from some 100 on, the library factorizes in parts by the number of its threads.
+    found: set[str] = set()
+    for count in ("1", "2"):
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": count, "OMP_NUM_THREADS": count}
+        done = subprocess.run(
+            [sys.executable, "-c", DETERMINED],
+            env=environment, cwd=pathlib.Path(__file__).parent,
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        found.add(done.stdout)
+    assert len(found) == 1
+
+
+def test_linear_algebra_has_one_thread_in_every_pass() -> None:
+    library: Any = threadpoolctl  # untyped
+
+    @dataclasses.dataclass(frozen=True)
+    class Counts(pipeline.Pass):
+        name: ClassVar[str] = "counts"
+
+        def run(self, model: ir.Model, ctx: Context) -> pipeline.Stats:
+            pools = [p for p in library.threadpool_info() if p["user_api"] == "blas"]
+            assert pools
+            return {"threads": max(int(pool["num_threads"]) for pool in pools)}
+
+    with library.threadpool_limits(2, user_api="blas"):
+        [step] = pipeline.run(graphs.graph(graphs.LINEAR), [Counts()], Context())
+    assert step.counters == {"threads": 1}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,36 @@
+"""One thread for the linear algebra of numpy and scipy, so that no result depends on their number.
+
+The library cuts a factorization or a large product into parts by the number of threads, and the
+sums of other parts round otherwise: what gptq writes would differ from machine to machine.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import numpy.linalg  # noqa: F401  (loads the library of numpy, so that it is found)
+import scipy.linalg  # noqa: F401  (and that of scipy)
+import threadpoolctl
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def one() -> AbstractContextManager[Any]:
+    """Inside it linear algebra has one thread; runtimes of models keep theirs."""
+    return _libraries().limit(limits=1, user_api="blas")
+
+
+def with_one(function: Callable[[A], B], item: A) -> B:
+    """``function`` of ``item``, with one thread; for a process of its own."""
+    with one():
+        return function(item)
+
+
+@functools.cache
+def _libraries() -> Any:
+    library: Any = threadpoolctl  # untyped
+    return library.ThreadpoolController()
