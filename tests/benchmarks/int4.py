@@ -224,7 +224,7 @@ def claims(rows: Sequence[Row], seeds: int) -> list[Claim]:
         where = f"{row.work}, {row.target}"
         if row.work in least:
             say(f"{where}: SQNR", row.value, least[row.work], True, row)
-        if row.work == MINILM.name and row.target == "ort-cpu":
+        if row.work == MINILM.name and row.target.startswith("ort-cpu"):
             say(f"{where}: MB", row.mb, 20.0, False, row)
         if row.control is not None:
             ratio = row.value / row.control
