@@ -149,7 +149,9 @@ def _write(model: ir.Model, readers: Sequence[Layer], codes: Codes) -> None:
     assert decided is not None
     shaped = np.ascontiguousarray(patches.from_matrix(readers[0], codes))
     form = numerics.parse_format(decided.format)
-    added = graph.add_constant(model, f"{value.name}/codes", numerics.pack(shaped, form.stored, ""))
+    added = graph.add_constant(
+        model, f"{value.name}/fitted", numerics.pack(shaped, form.stored, "")
+    )
     for layer in readers:
         layer.weight.decide(dataclasses.replace(decided, codes=added.name or ""))
 

@@ -12,7 +12,7 @@ import pytest
 from command import Command, Result, names, process
 from graphs import CHAIN, graph, proto, samples
 
-from qcompile import execute, recipes, registry
+from qcompile import execute, pipeline, recipes, registry
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.capture import capture
 from qcompile.models import fashion
@@ -105,8 +105,8 @@ def test_observers_print_and_write(here: pathlib.Path, qcompile: Command) -> Non
     shown = done.out + done.err
     assert "%h: f32[2,8] = MatMul(%x{int8 asymmetric}, %w1{int8 axis=1})" in shown
     assert "-%h: f32[2,8] = MatMul(%x, %w1)" in shown
-    passes = recipes.RECIPES["int8"].split(",")
-    stems = [f"{i:02d}-{name}" for i, name in enumerate(passes)]
+    passes = pipeline.parse(recipes.RECIPES["int8"], registry.passes())
+    stems = [f"{i:02d}-{step.name}" for i, step in enumerate(passes)]
     assert names(here / "steps") == sorted(f"{s}{e}" for s in stems for e in (".onnx", ".txt"))
 
 
@@ -257,7 +257,7 @@ def test_an_sqnr_that_is_missed_names_the_output(here: pathlib.Path, qcompile: C
     assert qcompile(*TINY, "--min-sqnr", 20).code == 0
     done = qcompile(*TINY, "--min-sqnr", 200)
     assert done.code == 3
-    assert "requirement not met: ort-cpu: output 'y' has " in done.err
+    assert "requirement not met: ort-cpu{" in done.err and "}: output 'y' has " in done.err
     assert "dB of SQNR, 200 dB are required" in done.err
     assert (here / "result" / "model.onnx").is_file()
 

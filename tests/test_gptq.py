@@ -127,7 +127,7 @@ def test_only_codes_are_added() -> None:
     before = text.render(model)
     run(model, "gptq", calibration)
     assert text.changes(before, text.render(model)) == [
-        "+w %w/codes: i8[8,3]",
+        "+w %w/fitted: i8[8,3]",
         "-%y: f32[2,3] = MatMul(%x{int8 asymmetric}, %w{int8 axis=1})",
         "+%y: f32[2,3] = MatMul(%x{int8 asymmetric}, %w{int8 axis=1 fitted})",
     ]

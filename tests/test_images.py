@@ -245,7 +245,7 @@ def test_a_text_that_is_wrong_is_underlined(text: str, words: str, mark: str) ->
 
 
 def test_text_and_preprocessing_round_trip() -> None:
-    for text in ("image", "image{resize=256 crop=224,192 mean=1.0,2.0,3.0 order=bgr fold=true}"):
+    for text in ("image", "image{resize=256 crop=224,192 mean=1,2.5,3 order=bgr fold=true}"):
         assert str(images.parse(text)) == text
     with pytest.raises(CalibrationError, match="give one, such as --preprocess 'image"):
         images.parse("image,image")

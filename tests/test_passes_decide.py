@@ -7,13 +7,14 @@ import onnx_ir as ir
 import pytest
 from graphs import CHAIN, CONV, GEMM, LINEAR, Array, assert_same_function, graph, samples, weight
 
-from qcompile import execute, numerics, pipeline, registry, spec, text
+from qcompile import decisions as deciding
+from qcompile import execute, noise, numerics, pipeline, registry, spec, text
 from qcompile import graph as graphs
 from qcompile.calibrate import Calibration
 from qcompile.errors import CalibrationError, PassError
 from qcompile.numerics import ActivationMethod, IntFormat, RangeMethod
 from qcompile.passes.calibrate import Calibrate
-from qcompile.passes.quantize import Quantize
+from qcompile.passes.quantize import Granularity, Quantize
 from qcompile.passes.set import Set
 from qcompile.pipeline import Context, Pass, Stats
 from qcompile.sources import Data
@@ -277,6 +278,57 @@ def test_a_glob_that_matches_nothing_is_rejected(option: str) -> None:
 def test_a_block_that_does_not_divide_is_rejected() -> None:
     with pytest.raises(PassError, match=r"quantize\{.*block=3\}: block 3 does not divide axis 0"):
         decided(LINEAR, Quantize(granularity="block", block=3))
+
+
+def test_what_a_block_does_not_divide_has_a_scale_a_channel_beside_what_it_divides() -> None:
+    source = CHAIN.replace("w1, float[8] b1, float[8,4] w2", "w1, float[8] b1, float[6,4] w2")
+    source = source.replace("float[8,8] w1, float[8] b1", "float[8,6] w1, float[6] b1")
+    model = decided(source, Quantize(granularity="block", block=4))
+    assert {name: found[1] for name, found in decisions(model).items()} == {
+        "h": "int8 axis=0 block=4",
+        "y": "int8 axis=1",
+    }
+
+
+@pytest.mark.parametrize("weight_format", ["int4", "int2"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
+@pytest.mark.parametrize("source", [LINEAR, GEMM, CONV])
+def test_errors_that_are_weighed_by_the_data_are_never_more_than_of_the_extremes(
+    source: str, granularity: Granularity, weight_format: str
+) -> None:
+    losses: dict[str, float] = {}
+    methods: tuple[RangeMethod, ...] = ("minmax", "output")
+    for method in methods:
+        model = graph(source)
+        ctx = uneven(model)
+        how = Quantize(
+            weight=weight_format, input="float", granularity=granularity, block=4, method=method
+        )
+        pipeline.run(model, [how], ctx)
+        [layer] = graphs.layers(model)
+        assert layer.input is not None and layer.weight.spec is not None
+        axis = noise.channel_axis(layer)
+        power = ctx.data().moments(model, {"x": axis}, 64)["x"].power
+        array = graphs.finite_weight(layer)
+        error = deciding.rounded(model, layer.weight.value, layer.weight.spec) - array
+        losses[method] = float((noise.along_input(layer, power, array.shape) * error**2).sum())
+    # Rounding of float32 in the sums that are compared.
+    assert losses["output"] <= losses["minmax"] * (1 + 1e-6)
+
+
+def uneven(model: ir.Model) -> Context:
+    """Data with one channel that is far larger than the others."""
+    drawn = samples(model, 6)
+    for feeds in drawn:
+        feeds["x"][:, 1] *= 20.0
+    return Context(calibration=Calibration(Data("test", drawn)))
+
+
+def test_weighing_errors_by_the_data_needs_data() -> None:
+    assert Quantize(method="output", input="float").needs_data()
+    assert not Quantize(method="mse", input="float").needs_data()
+    with pytest.raises(PassError, match="needs calibration data"):
+        pipeline.run(graph(LINEAR), [Quantize(method="output", input="float")], Context())
 
 
 def test_an_input_without_a_range_is_rejected() -> None:

@@ -21,6 +21,7 @@ from graphs import (
 
 from qcompile import execute, pipeline, registry, simulate, text
 from qcompile import graph as graphs
+from qcompile.calibrate import Calibration
 from qcompile.capture import capture
 from qcompile.errors import PassError
 from qcompile.models import fashion
@@ -28,6 +29,7 @@ from qcompile.passes.fold_bn import FoldBn
 from qcompile.passes.simplify import Simplify
 from qcompile.passes.smooth_hadamard import SmoothHadamard
 from qcompile.pipeline import Context, Pass, Stats
+from qcompile.sources import Data
 
 STATISTICS = """float[{c}] g, float[{c}] beta, float[{c}] mean, float[{c}] var = {{{values}}}"""
 
@@ -595,6 +597,67 @@ def test_outliers_cost_less_after_a_rotation() -> None:
     before = error("x")
     run(model, SmoothHadamard(block=32, place="everywhere"))
     assert error("x/rotated") < before / 4
+
+
+OUTLIERS = """(float[64,32] x, float[64,32] z) => (float[64,8] y, float[64,8] v)
+    <float[32,8] w, float[32,8] u> { y = MatMul(x, w) v = MatMul(z, u) }"""
+
+
+def outlying(model: ir.Model, count: int = 6) -> Context:
+    """Data in which ``x`` has one channel that is larger than all others, and ``z`` has none."""
+    drawn = samples(model, count)
+    for feeds in drawn:
+        feeds["x"][:, 5] *= 50.0
+        feeds["z"] = np.sign(feeds["z"])
+    return Context(calibration=Calibration(Data("test", drawn)))
+
+
+def rotated(model: ir.Model) -> list[str]:
+    return sorted(v.name or "" for n in model.graph for v in n.outputs if "rotated" in str(v.name))
+
+
+def test_a_rotation_pays_where_a_channel_is_an_outlier_and_its_worth_is_said() -> None:
+    model = graph(OUTLIERS)
+    reference, ctx = model.clone(), outlying(model)
+    said: list[str] = []
+    ctx.log = said.append
+    step = SmoothHadamard(block=32, max_cost=1000.0)
+    [done] = pipeline.run(model, [step], ctx)
+    assert rotated(model) == ["x/rotated"]
+    assert done.counters == {"layers": 1, "rotations": 1, "left alone": 1}
+    # 64 x 32 elements by a block of 32, of two layers with 64 x 32 x 8 MACs each: twice as many.
+    assert len(said) == 2 and all("dB for 200.00 % of the MACs" in line for line in said)
+    assert "rotating 'x': +" in said[0] and "rotating 'z': -" in said[1]
+    assert_same_function(reference, model)
+
+
+@pytest.mark.parametrize(("gain", "layers"), [(-100.0, 1), (5.0, 1), (100.0, 0)])
+def test_no_rotation_wins_less_than_was_asked(gain: float, layers: int) -> None:
+    # What loses is not taken at any gain.
+    model = graph(OUTLIERS)
+    step = SmoothHadamard(block=32, min_gain=gain, max_cost=1000.0)
+    [done] = pipeline.run(model, [step], outlying(model))
+    assert done.counters["layers"] == layers
+
+
+@pytest.mark.parametrize("most", [10.0, 100.0, 199.0, 201.0, 399.0, 401.0])
+def test_rotations_never_cost_more_than_was_asked(most: float) -> None:
+    model = graph(OUTLIERS)
+    drawn = samples(model, 6)
+    for feeds in drawn:
+        feeds["x"][:, 5] *= 50.0
+        feeds["z"][:, 7] *= 20.0
+    ctx = Context(calibration=Calibration(Data("test", drawn)))
+    [done] = pipeline.run(model, [SmoothHadamard(block=32, max_cost=most)], ctx)
+    assert done.counters["rotations"] == len(rotated(model)) == int(most // 200.0)  # 200 % each
+
+
+def test_only_rotations_that_must_pay_need_data() -> None:
+    assert SmoothHadamard().needs_data()
+    assert not SmoothHadamard(place="everywhere").needs_data()
+    with pytest.raises(PassError, match="needs calibration data"):
+        run(graph(LINEAR), SmoothHadamard(block=4))
+    assert run(graph(LINEAR), SmoothHadamard(block=4, place="everywhere"))[0]["layers"] == 1
 
 
 # -- simplify: pools ----------------------------------------------------------------------------

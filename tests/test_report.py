@@ -129,7 +129,7 @@ def test_a_layer_that_the_target_takes_back_was_asked_and_does_not_run(
 ) -> None:
     source = NET.replace("Gemm(f", "Gemm<alpha=0.5>(f")
     gemm = compiled(tmp_path, source).layers[1]
-    assert gemm.weight == "int8 axis=1" and gemm.runs == "float"
+    assert gemm.weight == "int8 axis=1 fitted" and gemm.runs == "float"
     assert "alpha" in gemm.reason
 
 
