@@ -39,7 +39,7 @@ class Session:
     Args:
         model: the graph, or the path of a file.
         optimize: whether the runtime may rewrite the graph.
-        threads: threads inside an operator.
+        threads: threads inside an operator; if None, those that this process may use.
         profile: the beginning of the path of a file that says what each node takes.
 
     Raises TargetError if the runtime refuses the model.
@@ -55,8 +55,7 @@ class Session:
     ) -> None:
         options: Any = runtime.SessionOptions()
         options.log_severity_level = 4
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options.intra_op_num_threads = _allowed() if threads is None else threads
         options.inter_op_num_threads = 1
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
@@ -103,6 +102,21 @@ class Session:
         except Exception as error:  # see above
             raise TargetError(f"ONNX Runtime fails to run the model: {reason(error)}") from error
         return dict(zip(names, results, strict=True))
+
+
+def _allowed() -> int:
+    """How many threads a process that is kept to fewer than all cores may use; 0 for no limit.
+
+    The runtime counts the cores of the machine, and threads that share a core wait for each other
+    by spinning on it.
+    """
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    limits = [int(told)] if told.isdecimal() and int(told) > 0 else []
+    if hasattr(os, "sched_getaffinity") and (mine := len(os.sched_getaffinity(0))) < (
+        os.cpu_count() or mine
+    ):
+        limits.append(mine)
+    return min(limits, default=0)
 
 
 def profile(model: ir.Model, feeds: Feeds, seconds: float) -> dict[tuple[str, str], float]:
