@@ -63,7 +63,7 @@ class Session:
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._stack = contextlib.ExitStack()
         try:
-            source = self._source(model)
+            source = self._source(model, options)
             session: Any = runtime.InferenceSession(
                 source, options, providers=["CPUExecutionProvider"]
             )
@@ -76,12 +76,14 @@ class Session:
         self.inputs: tuple[str, ...] = tuple(self.shapes)
         self.outputs: tuple[str, ...] = tuple(o.name for o in session.get_outputs())
 
-    def _source(self, model: ir.Model | str | os.PathLike[str]) -> str | bytes:
+    def _source(self, model: ir.Model | str | os.PathLike[str], options: Any) -> str | bytes:
         if not isinstance(model, ir.Model):
             return os.fspath(model)
         if weight_bytes(model) < _IN_MEMORY_BYTES:
             read_external(model)  # bytes have no folder that a file of weights could be in
-            return ir.to_proto(model).SerializeToString()
+            light, self._shared = _without_weights(model)
+            options.add_external_initializers(list(self._shared), list(self._shared.values()))
+            return ir.to_proto(light).SerializeToString()
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompile-"))
         path = pathlib.Path(folder) / "model.onnx"
         save(model, path)
@@ -102,6 +104,34 @@ class Session:
         except Exception as error:  # see above
             raise TargetError(f"ONNX Runtime fails to run the model: {reason(error)}") from error
         return dict(zip(names, results, strict=True))
+
+
+# Types that numpy has; smaller weights are quicker copied than kept track of.
+_SHARED = frozenset(
+    (
+        ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.INT8,
+        ir.DataType.UINT8, ir.DataType.INT32, ir.DataType.INT64,
+    )
+)  # fmt: skip
+_LEAST_SHARED = 4096
+
+
+def _without_weights(model: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
+    """A clone of ``model`` that only names its large weights, and those for the runtime, by name.
+
+    They are neither written nor read nor copied on their way to it.
+    """
+    light, shared = model.clone(), dict[str, Any]()
+    for value in light.graph.initializers.values():
+        tensor, name = value.const_value, value.name or ""
+        if tensor is None or tensor.dtype not in _SHARED or tensor.nbytes < _LEAST_SHARED:
+            continue
+        array = np.ascontiguousarray(tensor.numpy())
+        shared[name] = runtime.OrtValue.ortvalue_from_numpy(array)
+        value.const_value = ir.ExternalTensor(
+            "memory", 0, array.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name
+        )
+    return light, shared
 
 
 def _allowed() -> int:
