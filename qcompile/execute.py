@@ -122,8 +122,13 @@ def _without_weights(model: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
     They are neither written nor read nor copied on their way to it.
     """
     light, shared = model.clone(), dict[str, Any]()
-    for value in light.graph.initializers.values():
-        tensor, name = value.const_value, value.name or ""
+    for name, value in list(light.graph.initializers.items()):
+        if value.is_graph_input():
+            continue
+        if not value.uses() and not value.is_graph_output():
+            del light.graph.initializers[name]  # what a decision names; the runtime drops it
+            continue
+        tensor = value.const_value
         if tensor is None or tensor.dtype not in _SHARED or tensor.nbytes < _LEAST_SHARED:
             continue
         array = np.ascontiguousarray(tensor.numpy())

@@ -26,10 +26,15 @@ Array = npt.NDArray[Any]
 
 def simulate(model: ir.Model, target: Target) -> Session:
     """``model`` as ``target`` computes it; a model without decisions runs as it is."""
+    return Session(lowered(model, target), optimize=False)
+
+
+def lowered(model: ir.Model, target: Target) -> ir.Model:
+    """``model`` as ``target`` computes it, to be run without optimizations."""
     if any(spec.all_specs(node) for node in model.graph):
         model = model.clone()
         target.lower(model)
-    return Session(target.computed(model), optimize=False)
+    return target.computed(model)
 
 
 class Judge:
