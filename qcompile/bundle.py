@@ -161,8 +161,11 @@ def rounded(lowered: ir.Model, draw: int) -> ir.Model:
         if tensor is None or large or tensor.dtype != ir.DataType.FLOAT:
             continue
         array = tensor.numpy()
-        factor = 1.0 + ROUNDING * rng.uniform(-1.0, 1.0, array.shape)
-        value.const_value = ir.Tensor((array * factor).astype(np.float32), name=value.name)
+        factor = rng.random(array.shape, np.float32)
+        factor *= np.float32(2.0 * ROUNDING)
+        factor += np.float32(1.0 - ROUNDING)
+        factor *= array
+        value.const_value = ir.Tensor(factor, name=value.name)
     return model
 
 

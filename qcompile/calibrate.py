@@ -31,6 +31,8 @@ JUDGES = 16
 BINS = 2048
 # A gram of this many columns takes half a GiB.
 LARGEST_GRAM = 8192
+# Rows that are multiplied at once: a product of few is no faster than reading the matrix.
+GRAM_ROWS = 1024
 # Above this grams that are not asked for again are forgotten.
 GRAM_BYTES = 1 << 30
 
@@ -230,22 +232,40 @@ class Calibration:
 
     def _extremes(self, model: ir.Model, values: Sequence[str]) -> dict[str, MinMax]:
         lined = ports.lined_up(model, self.mask) if self.mask else ()
-        reduced, answers = extremes.reduced(model, values, self.state, self.mask, lined)
+        # Under a mask a value counts where another, that it is moved from, may not.
+        cut = {v: extremes.Cut(v) for v in values} if self.mask else extremes.cuts(model, values)
+        roots = list(dict.fromkeys(cut[v].root for v in values))
+        reduced, answers = extremes.reduced(model, roots, self.state, self.mask, lined)
         session = execute.Session(reduced)
-        low = np.full(len(values), np.inf)
-        high = np.full(len(values), -np.inf)
+        low = np.full(len(roots), np.inf)
+        high = np.full(len(roots), -np.inf)
         runs = sequences.carry(session, self._swept("ranges", self.samples), self.state, answers)
         for number, (feeds, results) in enumerate(runs):
             self._counted(feeds, self.samples.where(number))
             rows = np.array(list(results.values()), np.float64).reshape(-1, 3)
-            found, nans = rows[:, :2], rows[:, 2] > 0
-            for index in map(int, np.flatnonzero(nans | ~np.isfinite(found).all(axis=1))):
+            read, nans = rows[:, :2], np.isnan(rows[:, 2])
+            for index in map(int, np.flatnonzero(nans | ~np.isfinite(read).all(axis=1))):
                 # A reduction of nothing gives (inf, -inf), which is no fault.
-                if not (np.isposinf(found[index, 0]) and np.isneginf(found[index, 1])):
-                    raise _not_finite(values[index], self.samples.where(number))
-            low, high = np.minimum(low, found[:, 0]), np.maximum(high, found[:, 1])
-        low, high = np.where(low > high, 0.0, low), np.where(low > high, 0.0, high)
-        return {v: MinMax(float(low[i]), float(high[i])) for i, v in enumerate(values)}
+                empty = np.isposinf(read[index, 0]) and np.isneginf(read[index, 1])
+                if not (empty or self._finite(model, roots[index], feeds)):
+                    raise _not_finite(roots[index], self.samples.where(number))
+            low, high = np.minimum(low, read[:, 0]), np.maximum(high, read[:, 1])
+        place = {root: i for i, root in enumerate(roots)}
+        found: dict[str, MinMax] = {}
+        for value in values:
+            index = place[cut[value].root]
+            ends = cut[value].of(float(low[index]), float(high[index]))
+            # Of what was always empty the least is above the largest.
+            found[value] = MinMax(*ends) if ends[0] <= ends[1] else MinMax(0.0, 0.0)
+        return found
+
+    def _finite(self, model: ir.Model, value: str, feeds: Sample) -> bool:
+        """Whether all elements of ``value`` that count are finite; a sum may only have overflowed."""
+        array = execute.execute(model, feeds, [value])[value]
+        counted = self._counted(feeds, "")
+        if counted is not None and value in ports.lined_up(model, self.mask or ""):
+            array = array[counted]
+        return bool(np.isfinite(array).all())
 
     def _histograms(self, model: ir.Model, ranges: Mapping[str, MinMax]) -> dict[str, Histogram]:
         edges = {v: _edges(r) for v, r in ranges.items()}
@@ -301,15 +321,25 @@ class Calibration:
         for key, (value, kind) in wanted.items():
             readers.setdefault(value, []).append((key, kind))
             found[key] = Gram(np.zeros(kind.shape), np.zeros(kind.shape[:-1]), 0)
+        waiting: dict[tuple[str, str], list[Array]] = {key: [] for key in found}
+
+        def multiply(key: tuple[str, str]) -> None:
+            columns = np.concatenate(waiting[key], axis=-2)
+            waiting[key].clear()
+            found[key].matrix[...] += np.swapaxes(columns, -1, -2) @ columns
+            found[key].total[...] += columns.sum(axis=-2)
+            rows = found[key].rows + columns.shape[-2]
+            found[key] = dataclasses.replace(found[key], rows=rows)
+
         for name, array in self._observed(model, list(readers), "grams", samples):
             for key, kind in readers[name]:
-                rows = 0
                 for block in kind.blocks(array, most):
-                    columns = np.ascontiguousarray(block, np.float32)
-                    found[key].matrix[...] += np.swapaxes(columns, -1, -2) @ columns
-                    found[key].total[...] += columns.sum(axis=-2)
-                    rows += columns.shape[-2]
-                found[key] = dataclasses.replace(found[key], rows=found[key].rows + rows)
+                    waiting[key].append(np.ascontiguousarray(block, np.float32))
+                    if sum(block.shape[-2] for block in waiting[key]) >= GRAM_ROWS:
+                        multiply(key)
+        for key in found:
+            if waiting[key]:
+                multiply(key)
         return found
 
     def _observed(
@@ -370,7 +400,9 @@ def _merge(before: Moments | None, rows: npt.NDArray[np.float64]) -> Moments:
         return before
     low = np.minimum(before.low, rows.min(axis=0))
     high = np.maximum(before.high, rows.max(axis=0))
-    mean, variance = rows.mean(axis=0), rows.var(axis=0)
+    mean = rows.mean(axis=0)
+    centred = rows - mean
+    variance = np.einsum("ij,ij->j", centred, centred) / count
     total = before.count + count
     shift = mean - before.mean
     spread = before.variance * before.count + variance * count

@@ -39,7 +39,7 @@ class Session:
     Args:
         model: the graph, or the path of a file.
         optimize: whether the runtime may rewrite the graph.
-        threads: threads inside an operator.
+        threads: threads inside an operator; if None, those that this process may use.
         profile: the beginning of the path of a file that says what each node takes.
 
     Raises TargetError if the runtime refuses the model.
@@ -55,8 +55,7 @@ class Session:
     ) -> None:
         options: Any = runtime.SessionOptions()
         options.log_severity_level = 4
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options.intra_op_num_threads = _allowed() if threads is None else threads
         options.inter_op_num_threads = 1
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
@@ -64,7 +63,7 @@ class Session:
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._stack = contextlib.ExitStack()
         try:
-            source = self._source(model)
+            source = self._source(model, options)
             session: Any = runtime.InferenceSession(
                 source, options, providers=["CPUExecutionProvider"]
             )
@@ -77,12 +76,14 @@ class Session:
         self.inputs: tuple[str, ...] = tuple(self.shapes)
         self.outputs: tuple[str, ...] = tuple(o.name for o in session.get_outputs())
 
-    def _source(self, model: ir.Model | str | os.PathLike[str]) -> str | bytes:
+    def _source(self, model: ir.Model | str | os.PathLike[str], options: Any) -> str | bytes:
         if not isinstance(model, ir.Model):
             return os.fspath(model)
         if weight_bytes(model) < _IN_MEMORY_BYTES:
             read_external(model)  # bytes have no folder that a file of weights could be in
-            return ir.to_proto(model).SerializeToString()
+            light, self._shared = _without_weights(model)
+            options.add_external_initializers(list(self._shared), list(self._shared.values()))
+            return ir.to_proto(light).SerializeToString()
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompile-"))
         path = pathlib.Path(folder) / "model.onnx"
         save(model, path)
@@ -103,6 +104,54 @@ class Session:
         except Exception as error:  # see above
             raise TargetError(f"ONNX Runtime fails to run the model: {reason(error)}") from error
         return dict(zip(names, results, strict=True))
+
+
+# Types that numpy has; smaller weights are quicker copied than kept track of.
+_SHARED = frozenset(
+    (
+        ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.INT8,
+        ir.DataType.UINT8, ir.DataType.INT32, ir.DataType.INT64,
+    )
+)  # fmt: skip
+_LEAST_SHARED = 4096
+
+
+def _without_weights(model: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
+    """A clone of ``model`` that only names its large weights, and those for the runtime, by name.
+
+    They are neither written nor read nor copied on their way to it.
+    """
+    light, shared = model.clone(), dict[str, Any]()
+    for name, value in list(light.graph.initializers.items()):
+        if value.is_graph_input():
+            continue
+        if not value.uses() and not value.is_graph_output():
+            del light.graph.initializers[name]  # what a decision names; the runtime drops it
+            continue
+        tensor = value.const_value
+        if tensor is None or tensor.dtype not in _SHARED or tensor.nbytes < _LEAST_SHARED:
+            continue
+        array = np.ascontiguousarray(tensor.numpy())
+        shared[name] = runtime.OrtValue.ortvalue_from_numpy(array)
+        value.const_value = ir.ExternalTensor(
+            "memory", 0, array.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name
+        )
+    return light, shared
+
+
+def _allowed() -> int:
+    """How many threads a process that is kept to fewer than all cores may use; 0 for no limit.
+
+    The runtime counts the cores of the machine, and threads that share a core wait for each other
+    by spinning on it.
+    """
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    limits = [int(told)] if told.isdecimal() and int(told) > 0 else []
+    if hasattr(os, "sched_getaffinity") and (mine := len(os.sched_getaffinity(0))) < (
+        os.cpu_count() or mine
+    ):
+        limits.append(mine)
+    return min(limits, default=0)
 
 
 def profile(model: ir.Model, feeds: Feeds, seconds: float) -> dict[tuple[str, str], float]:

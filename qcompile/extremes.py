@@ -1,18 +1,76 @@
-"""Minimum and maximum of values, computed inside the graph, so that no activation leaves it."""
+"""Minimum and maximum of values, computed inside the graph, so that no activation leaves it.
+
+What only moves elements has the extremes of what it moves, and a Relu or Clip those that it cuts
+them to, bit by bit; so they are not looked at themselves.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompile import sequences
+from qcompile import graph, sequences
 from qcompile.sequences import State
 
-# What is computed of a value, and what stands for it where it is padding.
-_PADDING = {"ReduceMin": np.inf, "ReduceMax": -np.inf, "IsNaN": 0.0}
+# What is computed of a value, and what stands for it where it is padding. The runtime's extremes
+# pass over a NaN that is not alone, but no sum does.
+_PADDING = {"ReduceMin": np.inf, "ReduceMax": -np.inf, "ReduceSum": 0.0}
+_MOVED = frozenset(("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A value whose elements are those of ``root``, each cut to ``low`` and ``high``, in order."""
+
+    root: str
+    cuts: tuple[tuple[float, float], ...] = ()
+
+    def of(self, low: float, high: float) -> tuple[float, float]:
+        """The extremes of the value if those of ``root`` are ``low`` and ``high``."""
+        for least, most in self.cuts:
+            low, high = (min(max(end, least), most) for end in (low, high))
+        return low, high
+
+
+def cuts(model: ir.Model, values: Sequence[str]) -> dict[str, Cut]:
+    """Each of ``values`` by the furthest of ``values`` that it is a cut of; itself if there is none."""
+    wanted, found = set(values), dict[str, Cut]()
+    for value in (v for node in model.graph for v in node.outputs if v.name in wanted):
+        name, passed = value.name or "", list[tuple[float, float]]()
+        node = value.producer()
+        found[name] = Cut(name)
+        while node is not None and (cut := _cut(node)) is not None:
+            entered = node.inputs[0]
+            assert entered is not None
+            passed = [*cut, *passed]
+            if entered.name in wanted:
+                found[name] = Cut(entered.name or "", tuple(passed))
+            node = entered.producer()
+    return {name: found.get(name, Cut(name)) for name in values}
+
+
+def _cut(node: ir.Node) -> list[tuple[float, float]] | None:
+    """What ``node`` cuts its first input to, if that is all it does beside moving; else None."""
+    if node.domain not in ("", "ai.onnx") or not node.inputs or node.inputs[0] is None:
+        return None
+    if node.op_type in _MOVED:
+        return []
+    if node.op_type == "Relu":
+        return [(0.0, math.inf)]
+    if node.op_type != "Clip":
+        return None
+    ends = [-math.inf, math.inf]
+    for place, value in enumerate(node.inputs[1:3]):
+        if value is not None and value.name:
+            if not graph.is_constant(value):
+                return None
+            ends[place] = float(graph.constant(value).item())
+    return [(ends[0], ends[1])] if ends[0] <= ends[1] else None
 
 
 def reduced(
@@ -20,8 +78,9 @@ def reduced(
 ) -> tuple[ir.Model, list[str]]:
     """A clone of ``model`` that computes the extremes of ``values``, and the names of its answers.
 
-    Three scalars a value: minimum, maximum, and whether there is a NaN (1 or 0). Of the values
-    ``lined`` the positions where the input ``mask`` is 0 do not count.
+    Three scalars a value: minimum, maximum and sum, which is NaN if an element is, and where it
+    overflows in both directions. Of the values ``lined`` the positions where the input ``mask`` is
+    0 do not count.
     """
     clone = sequences.fetch(model, values, state)
     by_name = {v.name or "": v for v in clone.graph.outputs}
@@ -36,11 +95,9 @@ def reduced(
             read = by_name[name]
             if counts is not None and name in lined:
                 read = _kept(clone, read, counts, padding)
-            if kind == "IsNaN":
-                # The runtime's extremes pass over a NaN that is not alone, so it is looked for.
-                bad = _add(clone, "IsNaN", [read], ir.DataType.BOOL)
-                read = _add(clone, "Cast", [bad], ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
-                kind = "ReduceMax"
+            if kind == "ReduceSum" and read.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+                # Sums of shorter floats overflow.
+                read = _add(clone, "Cast", [read], ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
             answers.append(_add(clone, kind, [read], read.dtype, keepdims=0))
             answers[-1].shape = ir.Shape(())
     clone.graph.outputs.clear()

@@ -16,6 +16,7 @@ from qcompile.execute import Session
 from qcompile.pipeline import Context, Step
 from qcompile.report import Report
 from qcompile.search import Found
+from qcompile.spill import Spill
 
 # Below this the compiled model is hardly the same model; the report says so in red.
 POOR_DB = 10.0
@@ -82,10 +83,12 @@ def report_of(
     if judge is not None:
         simulated = Session(computed, optimize=False)
         actual = Session(made.main) if target.runs_here else None
-        outputs = _outputs(judge, simulated, actual)
+        expected = judge.run(simulated)
+        runs = judge.run(actual) if actual is not None else expected
+        outputs = _outputs(judge, expected, runs)
         accuracy = _accuracy(judged, actual or simulated)
         if actual is not None:
-            apart = min(judge.between(simulated, actual).values(), default=math.inf)
+            apart = min(judge.between(expected, runs).values(), default=math.inf)
         del simulated  # the bundle makes sessions of its own
         models = bundle.Compared(reference, computed, actual, target.module, str(target))
         lacking = bundle.write(made.main.parent, models, judge.samples)
@@ -114,13 +117,10 @@ def report_of(
     )
 
 
-def _outputs(
-    judge: simulate.Judge, simulated: Session, actual: Session | None
-) -> list[report.Output]:
-    """The figures of each output; those of the simulation where the file does not run here."""
-    runs = actual or simulated
+def _outputs(judge: simulate.Judge, simulated: Spill, runs: Spill) -> list[report.Output]:
+    """The figures of each output; ``runs`` are ``simulated`` where the file does not run here."""
     found, cosine, uneven = judge.sqnr(runs), judge.cosine(runs), judge.uneven(runs)
-    expected = judge.sqnr(simulated) if actual is not None else found
+    expected = judge.sqnr(simulated) if runs is not simulated else found
     nan = math.nan
     return [
         report.Output(n, found.get(n, nan), expected.get(n, nan), cosine.get(n, nan), uneven[n])

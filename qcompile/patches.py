@@ -51,13 +51,11 @@ class Rows:
             rows = (array.T if self.transposed else array).reshape(-1, self.columns)
             yield rows if most is None else rows[_drawn(len(rows), most)]
             return
+        if most is not None:
+            yield self._some(array, max(1, most // len(array)))
+            return
         windows = self._windows(array)
         rank = len(self.kernel)
-        if most is not None:
-            out = windows.shape[2 : 2 + rank]
-            places = _drawn(math.prod(out), max(1, most // len(array)))
-            windows = windows[(slice(None), slice(None), *np.unravel_index(places, out))]
-            rank = 1
         each = math.prod(windows.shape) // max(windows.shape[2], 1)
         step = max(1, _BLOCK // max(each, 1))
         for first in range(0, windows.shape[2], step):
@@ -66,14 +64,36 @@ class Rows:
             rows = part.reshape(-1, self.groups, self.columns)
             yield rows[:, 0] if self.groups == 1 else rows.swapaxes(0, 1)
 
+    def _some(self, array: Array, most: int) -> Array:
+        """The rows of at most ``most`` places of each of ``array``."""
+        padded, spans = self._padded(array)
+        sizes = padded.shape[2:]
+        out = [(n - s) // by + 1 for n, s, by in zip(sizes, spans, self.strides, strict=True)]
+        places = np.unravel_index(_drawn(math.prod(out), most), out)
+        corners = [place * by for place, by in zip(places, self.strides, strict=True)]
+        inner = np.indices(self.kernel).reshape(len(self.kernel), -1)
+        inner *= np.array(self.dilations)[:, None]
+        index = np.ravel_multi_index(corners, sizes)[:, None]
+        index = index + np.ravel_multi_index(list(inner), sizes)
+        taken = padded.reshape(*padded.shape[:2], -1).take(index, axis=2)
+        # [N, groups, channels, places, window] to [groups, N, places, channels, window]
+        taken = taken.reshape(len(array), self.groups, -1, *index.shape).transpose(1, 0, 3, 2, 4)
+        rows = taken.reshape(self.groups, -1, self.columns)
+        return rows[0] if self.groups == 1 else rows
+
     def _windows(self, array: Array) -> Array:
         """A view [N, C, *out, *kernel] of the padded array."""
-        spans = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
+        padded, spans = self._padded(array)
         axes = tuple(range(2, 2 + len(spans)))
-        padded = np.pad(array, [(0, 0), (0, 0), *self._sides(array.shape[2:], spans)])
         windows = np.lib.stride_tricks.sliding_window_view(padded, spans, axis=axes)
         steps = [slice(None, None, s) for s in (*self.strides, *self.dilations)]
         return windows[(slice(None), slice(None), *steps)]
+
+    def _padded(self, array: Array) -> tuple[Array, list[int]]:
+        """``array`` with its padding, and what the window spans on each axis."""
+        spans = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
+        sides = [(0, 0), (0, 0), *self._sides(array.shape[2:], spans)]
+        return np.pad(array, sides) if any(map(any, sides)) else array, spans
 
     def _sides(self, sizes: tuple[int, ...], spans: list[int]) -> list[tuple[int, int]]:
         """The padding before and behind each spatial axis."""

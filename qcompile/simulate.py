@@ -26,10 +26,15 @@ Array = npt.NDArray[Any]
 
 def simulate(model: ir.Model, target: Target) -> Session:
     """``model`` as ``target`` computes it; a model without decisions runs as it is."""
+    return Session(lowered(model, target), optimize=False)
+
+
+def lowered(model: ir.Model, target: Target) -> ir.Model:
+    """``model`` as ``target`` computes it, to be run without optimizations."""
     if any(spec.all_specs(node) for node in model.graph):
         model = model.clone()
         target.lower(model)
-    return Session(target.computed(model), optimize=False)
+    return target.computed(model)
 
 
 class Judge:
@@ -44,15 +49,20 @@ class Judge:
     def __init__(self, reference: ir.Model, samples: Sequence[Sample]) -> None:
         self.samples = Samples.of(samples)
         self.outputs = [v.name or "" for v in reference.graph.outputs if _is_float(v)]
-        self._wanted = Spill()
-        for results in self._results(Session(reference)):
-            self._wanted.append(results)
+        self._wanted = self.run(Session(reference))
 
-    def sqnr(self, session: Session) -> dict[str, float]:
+    def run(self, session: Session) -> Spill:
+        """What ``session`` computes of the samples, to be compared in more ways than one."""
+        kept = Spill()
+        for results in self._results(session):
+            kept.append(results)
+        return kept
+
+    def sqnr(self, session: Session | Spill) -> dict[str, float]:
         """SQNR in dB of each floating-point output of ``session``, by output name."""
         return self._compare(self._wanted, session)
 
-    def cosine(self, session: Session) -> dict[str, float]:
+    def cosine(self, session: Session | Spill) -> dict[str, float]:
         """Mean cosine similarity of each output over the samples, by output name."""
         found: dict[str, list[float]] = {name: [] for name in self.outputs}
         for wanted, actual in zip(self._wanted, self._results(session), strict=True):
@@ -61,7 +71,7 @@ class Judge:
                     found[name].append(cosine(wanted[name], actual[name]))
         return {name: float(np.mean(values)) for name, values in found.items() if values}
 
-    def uneven(self, session: Session) -> dict[str, int]:
+    def uneven(self, session: Session | Spill) -> dict[str, int]:
         """For how many samples each output of ``session`` has another size than in float."""
         count = dict.fromkeys(self.outputs, 0)
         for wanted, actual in zip(self._wanted, self._results(session), strict=True):
@@ -73,14 +83,18 @@ class Judge:
         """The lowest SQNR of all outputs; infinity if there is no floating-point output."""
         return min(self.sqnr(session).values(), default=float("inf"))
 
-    def between(self, one: Session, other: Session) -> dict[str, float]:
+    def between(self, one: Session | Spill, other: Session | Spill) -> dict[str, float]:
         """SQNR in dB of ``other`` against ``one`` as the reference."""
         return self._compare(self._results(one), other)
 
-    def _compare(self, wanted: Iterable[dict[str, Array]], session: Session) -> dict[str, float]:
+    def _compare(
+        self, wanted: Iterable[dict[str, Array]], session: Session | Spill
+    ) -> dict[str, float]:
         return _sqnr_of(self.outputs, zip(wanted, self._results(session), strict=True))
 
-    def _results(self, session: Session) -> Iterator[dict[str, Array]]:
+    def _results(self, session: Session | Spill) -> Iterable[dict[str, Array]]:
+        if isinstance(session, Spill):
+            return session
         runs = sequences.carry(session, self.samples, self.samples.state, self.outputs)
         return (results for _, results in runs)
 
