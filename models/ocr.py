@@ -35,7 +35,7 @@ PAGES: dict[Split, str] = {"calibration": "page.png", "judge": "text.png"}
 # Sides of a page, multiples of 32: mostly square, because one size is the usual setting.
 SIDES = ((320, 320), (320, 320), (320, 320), (256, 416), (320, 320), (320, 320), (384, 288))
 
-# How hard the blurred lines are to read: at 1.0 the float model reads 86 %, at 1.3 half of them.
+# How hard the blurred lines are to read: at 1.0 the float model reads 82 %, at 1.3 half of them.
 STRENGTH = 1.0
 
 
@@ -162,7 +162,7 @@ def blurred_pictures(
     """``count`` pictures [h, w, 3] of one to three words that are hard to read, and what they say.
 
     All of it grows with ``strength``: small letters, turned by up to 4 degrees, blurred by up to a
-    tenth of their size, pale and noisy. At 1 the float model reads 86 % of the lines.
+    tenth of their size, pale and noisy. At 1 the float model reads 82 % of the lines.
     """
     random = np.random.default_rng(4 if split == "calibration" else 5)
     words = nouns(split)

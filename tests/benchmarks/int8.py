@@ -1,13 +1,14 @@
 """INT8, one command and no option a model: accuracy, what runs in integers, size and latency.
 
-    python tests/benchmarks/int8.py [--quick] [--only WORD] [--seeds N] [--json FILE]
+    python tests/benchmarks/int8.py [--quick] [--only WORD ...] [--seeds N] [--json FILE]
 
 Every row is the default recipe unless it says otherwise. The judge data calibrated nothing. SQNR is
 over all judge samples together, with the 95 % interval of a bootstrap over samples; ``bound`` is
 the SQNR with weights alone at 8 bits and every activation in float. Shares are of the MACs, by the
 proof. Latency is the median ratio to float, one thread, interleaved, with the float-to-float null
 beside it. ``--quick`` takes the shipped models only. The recipe draws nothing at random, so seeds
-change the bootstrap alone.
+change the bootstrap alone. Right is top-1 or the share of lines read without a fault; ``as float``
+is the share of lines that are read as by the float model, rightly or not.
 """
 
 from __future__ import annotations
@@ -40,15 +41,21 @@ FACTORIES = "qcompile.models.public"
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One model with its data; ``labels`` of the judge samples where accuracy means something."""
+    """One model with its data; ``labels`` or ``texts`` of the judge samples where they say one."""
 
     name: str
-    model: str
+    model: str | Callable[[], pathlib.Path]
     calibration: str
     judge: Callable[[], Iterable[Sample]]
     labels: Callable[[], Array] | None = None
+    texts: Callable[[], list[str]] | None = None
     passes: str = "@int8"
     targets: tuple[str, ...] = ("ort-cpu", "tensorrt-rtx")
+
+    @property
+    def source(self) -> str:
+        """The model as a command line names it."""
+        return self.model if isinstance(self.model, str) else str(self.model())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +70,7 @@ class Row:
     bound: float
     accuracy: float | None
     float_accuracy: float | None
+    equal: float | None
     share_int8: float
     linear_int8: str
     float_mb: float
@@ -104,6 +112,13 @@ def vision(name: str) -> Iterable[Sample]:
     from qcompile.models import vision as module
 
     return getattr(module, name)()
+
+
+def ocr() -> Any:
+    """The module of the text recognizer, which is optional."""
+    from qcompile.models import ocr as module
+
+    return module
 
 
 def fashion_work(name: str, file: str) -> Work:
@@ -149,6 +164,13 @@ MOBILENET, VIT_B = (
     for name, factory in (("MobileNetV2", "mobilenet_v2"), ("ViT-B/16", "vit_b_16"))
 )  # fmt: skip
 
+LINES = 400
+REC = Work(
+    "PP-OCR rec, blurred lines", lambda: ocr().rec(), "qcompile.models.ocr:blurred_calibration",
+    lambda: (sample for sample, _ in ocr().blurred_labelled("judge", LINES)),
+    texts=lambda: [text for _, text in ocr().blurred_pictures("judge", LINES)],
+)  # fmt: skip
+
 
 def powers(
     reference: execute.Session, compiled: execute.Session, samples: Iterable[Sample]
@@ -168,6 +190,20 @@ def powers(
     return np.array(signal), np.array(noise), np.array(one), np.array(other)
 
 
+def lines(
+    work: Work, reference: execute.Session, compiled: execute.Session, samples: list[Sample]
+) -> tuple[float | None, float | None, float | None]:
+    """Shares of the lines read right, right in float, and by both alike; None without texts."""
+    if work.texts is None:
+        return None, None, None
+    first, second = (
+        (next(iter(session.run(sample).values())) for sample in samples)
+        for session in (reference, compiled)
+    )
+    found = ocr().compare(first, second, work.texts())
+    return found.right / found.count, found.float_right / found.count, found.equal / found.count
+
+
 def bootstrap(signal: Array, noise: Array, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the SQNR over resampled samples."""
     rng = np.random.default_rng(seed)
@@ -179,7 +215,7 @@ def bootstrap(signal: Array, noise: Array, seed: int = 0) -> tuple[float, float]
 
 def weights_alone(work: Work, target: str, samples: list[Sample]) -> float:
     """SQNR with only the weights at 8 bits, by the same passes, for what ``target`` quantizes."""
-    model = capture.capture(work.model)
+    model = capture.capture(work.source)
     reference = model.clone()
     data = load(work.calibration, inputs_of(model))
     context = pipeline.Context(
@@ -198,11 +234,11 @@ def weights_alone(work: Work, target: str, samples: list[Sample]) -> float:
 def measure(work: Work, seed: int) -> tuple[list[Row], list[report.Report]]:
     """Compile ``work`` for its targets in one run and judge each."""
     judges = list(work.judge())
-    reference = execute.Session(capture.capture(work.model))
+    reference = execute.Session(capture.capture(work.source))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         results = qcompile.compile(
-            work.model, pathlib.Path(folder) / "out",
+            work.source, pathlib.Path(folder) / "out",
             passes=work.passes, targets=work.targets, calib=work.calibration, latency=True,
         )  # fmt: skip
         for result in results:
@@ -211,7 +247,10 @@ def measure(work: Work, seed: int) -> tuple[list[Row], list[report.Report]]:
                 result.folder / "model.onnx", optimize=here.target.startswith("ort")
             )
             signal, noise, one, other = powers(reference, compiled, judges)
-            labels = None if work.labels is None else work.labels()
+            right, float_right, equal = lines(work, reference, compiled, judges)
+            if work.labels is not None:
+                labels = work.labels()
+                right, float_right = (float(np.mean(np.equal(i, labels))) for i in (other, one))
             weighted = [r for r in here.layers if r.kind in ("conv", "depthwise", "linear")]
             rows.append(
                 Row(
@@ -221,10 +260,9 @@ def measure(work: Work, seed: int) -> tuple[list[Row], list[report.Report]]:
                     sqnr=float(10 * np.log10(signal.sum() / noise.sum())),
                     interval=bootstrap(signal, noise, seed),
                     bound=weights_alone(work, here.target, judges[:64]),
-                    accuracy=None if labels is None else float(np.mean(np.equal(other, labels))),
-                    float_accuracy=None
-                    if labels is None
-                    else float(np.mean(np.equal(one, labels))),
+                    accuracy=right,
+                    float_accuracy=float_right,
+                    equal=equal,
                     share_int8=here.share_of_macs("int8"),
                     linear_int8=f"{sum(r.runs == 'int8' for r in weighted)}/{len(weighted)}",
                     float_mb=here.size.float_bytes / 1e6,
@@ -262,7 +300,9 @@ def claims(rows: list[Row], seeds: int) -> list[Claim]:
             say(f"{name}: latency ratio", row.latency, slowest[name], False, row)
         done, total = map(float, row.linear_int8.split("/"))
         say(f"{name}: weighted layers in int8", done, total, True, row)
-        if row.accuracy is not None and row.float_accuracy is not None:
+        if row.equal is not None:
+            say(f"{name}: lines read as by float", row.equal, 0.95, True, row)
+        elif row.accuracy is not None and row.float_accuracy is not None:
             say(f"{name}: accuracy", row.accuracy, row.float_accuracy - 0.01, True, row)
     for work in (LITE0, MINILM):
         row = by_name.get((work.name, "ort-cpu"))
@@ -278,18 +318,19 @@ def table(rows: list[Row]) -> Table:
     shown = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("model", "target"):
         shown.add_column(column)
-    for column in ("SQNR dB", "bound", "top-1 (float)", "MACs int8", "layers", "MB"):
+    for column in ("SQNR dB", "bound", "right (float)", "as float", "MACs int8", "layers", "MB"):
         shown.add_column(column, justify="right")
     for column in ("latency", "null"):
         shown.add_column(column, justify="right")
     for row in rows:
         accuracy = "" if row.accuracy is None else f"{row.accuracy:.2%} ({row.float_accuracy:.2%})"
+        equal = "" if row.equal is None else f"{row.equal:.1%}"
         latency = "" if row.latency is None else f"{row.latency:.2f}"
         null = "" if row.null is None else f"{row.null:.2f}"
         interval = f"[{row.interval[0]:.1f}, {row.interval[1]:.1f}]"
         shown.add_row(
             row.work, row.target, f"{row.sqnr:.1f} {interval}", f"{row.bound:.1f}", accuracy,
-            f"{row.share_int8:.1%}", row.linear_int8, f"{row.float_mb:.2f} -> {row.mb:.2f}",
+            equal, f"{row.share_int8:.1%}", row.linear_int8, f"{row.float_mb:.2f} -> {row.mb:.2f}",
             latency, null,
         )  # fmt: skip
     return shown
@@ -301,15 +342,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="the shipped models only")
+    parser.add_argument("--only", nargs="+", help="words in the names of the models to take")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the bootstrap")
     parser.add_argument("--json", type=pathlib.Path, help="write rows and claims to this file")
-    parser.add_argument("--only", help="the models with this word in their names")
     arguments = parser.parse_args()
     works = SHIPPED if arguments.quick else (
-        *SHIPPED, RESNET, MOBILENET, VIT_B, LITE0, MINILM, *VARIANTS, DYNAMIC,
+        *SHIPPED, RESNET, MOBILENET, VIT_B, LITE0, MINILM, *VARIANTS, DYNAMIC, REC,
     )  # fmt: skip
+    if arguments.only:
+        words = [word.lower() for word in arguments.only]
+        works = [work for work in works if any(word in work.name.lower() for word in words)]
     rows: list[Row] = []
-    for work in works if arguments.only is None else [w for w in works if arguments.only in w.name]:
+    for work in works:
         rows += measure(work, arguments.seeds - 1)[0]
     console = Console(markup=False, width=150)
     console.print(table(rows))
