@@ -210,4 +210,4 @@ def test_two_targets_from_one_run_get_opposite_dialects(tmp_path: pathlib.Path) 
     assert [r.report.fused() for r in results] == [1.0, 1.0]
     assert (tmp_path / "out" / "tensorrt-rtx" / "model.engine").stat().st_size > 0
     texts = sorted(path.name for path in (tmp_path / "snapshots").glob("*.txt"))
-    assert texts[-2:] == ["05-insert-qdq-ort-cpu.txt", "05-insert-qdq-tensorrt-rtx.txt"]
+    assert texts[-2:] == ["07-insert-qdq-ort-cpu.txt", "07-insert-qdq-tensorrt-rtx.txt"]
