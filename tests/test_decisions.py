@@ -95,9 +95,11 @@ def test_a_tied_embedding_carries_two_decisions() -> None:
     )
     verify.verify(model)
     TARGET.lower(model)
-    types = [v.dtype for v in model.graph.initializers.values() if v.name in weights_of(model)]
-    assert [t.name for t in types if t] == ["INT8"]
-    assert [node.op_type for node in model.graph if node.domain] == ["MatMulNBits"]
+    # Rows of 32 bytes for the one, blocks of 16 bytes for the other.
+    tables = {n: v.shape for n, v in model.graph.initializers.items() if n.endswith("/packed")}
+    assert tables == {"table/packed": (16, 32), "t/packed": (16, 1, 16)}
+    wanted = ["GatherBlockQuantized", "MatMulNBits"]
+    assert [node.op_type for node in model.graph if node.domain] == wanted
     assert "table" not in model.graph.initializers
 
 
