@@ -7,12 +7,11 @@ sums of other parts round otherwise: what gptq writes would differ from machine 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-import numpy.linalg  # noqa: F401  (loads the library of numpy, so that it is found)
-import scipy.linalg  # noqa: F401  (and that of scipy)
 import threadpoolctl
 
 A = TypeVar("A")
@@ -32,5 +31,7 @@ def with_one(function: Callable[[A], B], item: A) -> B:
 
 @functools.cache
 def _libraries() -> Any:
+    for name in ("numpy.linalg", "scipy.linalg"):  # only what is loaded is found
+        importlib.import_module(name)
     library: Any = threadpoolctl  # untyped
     return library.ThreadpoolController()

@@ -95,9 +95,11 @@ def test_a_tied_embedding_carries_two_decisions() -> None:
     )
     verify.verify(model)
     TARGET.lower(model)
-    types = [v.dtype for v in model.graph.initializers.values() if v.name in weights_of(model)]
-    assert [t.name for t in types if t] == ["INT8"]
-    assert [node.op_type for node in model.graph if node.domain] == ["MatMulNBits"]
+    # Rows of 32 bytes for the one, blocks of 16 bytes for the other.
+    tables = {n: v.shape for n, v in model.graph.initializers.items() if n.endswith("/packed")}
+    assert tables == {"table/packed": (16, 32), "t/packed": (16, 1, 16)}
+    wanted = ["GatherBlockQuantized", "MatMulNBits"]
+    assert [node.op_type for node in model.graph if node.domain] == wanted
     assert "table" not in model.graph.initializers
 
 
@@ -210,4 +212,4 @@ def test_two_targets_from_one_run_get_opposite_dialects(tmp_path: pathlib.Path) 
     assert [r.report.fused() for r in results] == [1.0, 1.0]
     assert (tmp_path / "out" / "tensorrt-rtx" / "model.engine").stat().st_size > 0
     texts = sorted(path.name for path in (tmp_path / "snapshots").glob("*.txt"))
-    assert texts[-2:] == ["05-insert-qdq-ort-cpu.txt", "05-insert-qdq-tensorrt-rtx.txt"]
+    assert texts[-2:] == ["07-insert-qdq-ort-cpu.txt", "07-insert-qdq-tensorrt-rtx.txt"]
