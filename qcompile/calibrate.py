@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -245,9 +246,10 @@ class Calibration:
             rows = np.array(list(results.values()), np.float64).reshape(-1, 3)
             read, nans = rows[:, :2], np.isnan(rows[:, 2])
             for index in map(int, np.flatnonzero(nans | ~np.isfinite(read).all(axis=1))):
-                # A reduction of nothing gives (inf, -inf), which is no fault.
-                empty = np.isposinf(read[index, 0]) and np.isneginf(read[index, 1])
-                if not (empty or self._finite(model, roots[index], feeds)):
+                ends = tuple(map(float, read[index]))
+                # A reduction of nothing gives (inf, -inf), which is no fault; a sum may overflow.
+                sound = all(map(math.isfinite, ends)) and self._finite(model, roots[index], feeds)
+                if not sound and ends != (math.inf, -math.inf):
                     raise _not_finite(roots[index], self.samples.where(number))
             low, high = np.minimum(low, read[:, 0]), np.maximum(high, read[:, 1])
         place = {root: i for i, root in enumerate(roots)}
@@ -260,7 +262,7 @@ class Calibration:
         return found
 
     def _finite(self, model: ir.Model, value: str, feeds: Sample) -> bool:
-        """Whether all elements of ``value`` that count are finite; a sum may only have overflowed."""
+        """Whether all elements of ``value`` that count are finite."""
         array = execute.execute(model, feeds, [value])[value]
         counted = self._counted(feeds, "")
         if counted is not None and value in ports.lined_up(model, self.mask or ""):

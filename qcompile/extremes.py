@@ -38,9 +38,10 @@ class Cut:
 
 
 def cuts(model: ir.Model, values: Sequence[str]) -> dict[str, Cut]:
-    """Each of ``values`` by the furthest of ``values`` that it is a cut of; itself if there is none."""
+    """Each of ``values`` by the furthest of ``values`` that it is a cut of, or by itself."""
     wanted, found = set(values), dict[str, Cut]()
-    for value in (v for node in model.graph for v in node.outputs if v.name in wanted):
+    written = [v for node in model.graph for v in node.outputs if v.name in wanted]
+    for value in written:
         name, passed = value.name or "", list[tuple[float, float]]()
         node = value.producer()
         found[name] = Cut(name)

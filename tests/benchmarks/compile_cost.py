@@ -230,7 +230,7 @@ def measure(work: Work, folder: pathlib.Path) -> tuple[list[Row], Peaks]:
 
 def claims(rows: Iterable[Row], peaks: Iterable[Peaks]) -> list[Claim]:
     """The goals, of the real models; the shipped one is over in a blink."""
-    most = dict(zip(RECIPES, (3.5, 10.0), strict=True))
+    most: dict[str, float] = dict(zip(RECIPES, (3.5, 10.0), strict=True))
     found: list[Claim] = []
 
     def say(claim: str, value: float, control: float) -> None:
