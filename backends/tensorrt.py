@@ -172,13 +172,10 @@ class Engine(Target, abc.ABC):
         products, others = trt_plan.by_node(steps)
         for node in model.graph:
             name, half = node.name or "", _half_in_file(node)
-            # Small products in half floats are fused into what does not look like a product, as are
-            # the rows that are gathered of a table.
-            other = others.get(name)
-            fused = other is not None and (
-                half or (node.op_type == "Gather" and "Gath" in other.name)
-            )
-            step = products.get(name) or (other if fused else None)
+            # Small products in half floats are fused into what does not look like a product, and
+            # rows of a table with what dequantizes them.
+            rows = node.op_type == "Gather" and not float_in_file(node)
+            step = products.get(name) or (others.get(name) if half or rows else None)
             for layer in graph.origins(node):
                 reason = why_float(node, "the builder chose a float kernel")
                 if node in behind:

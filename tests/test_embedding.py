@@ -141,3 +141,22 @@ def test_the_engine_keeps_the_table_in_its_bits(embedding: str, tmp_path: pathli
     [row] = done.report.layers
     assert row.runs == f"{embedding} weights"
     assert row.reason == "built, not run"
+
+
+def test_rows_in_a_kernel_of_any_name_are_proved_by_the_bits_that_it_reads(
+    tmp_path: pathlib.Path,
+) -> None:
+    model = graphs.graph(TABLE)
+    pipeline.run(model, pipeline.parse(only("int8"), registry.passes()), Context())
+    TensorRtRtx().lower(model)
+    [gather] = [node for node in model.graph if node.op_type == "Gather"]
+    program = f"""header {{
+descriptors {{
+  tensor={{ name="codes" dims={{ 300 96 }} type=int8 }}
+  tensor={{ name="ids" dims={{ 2 8 }} type=int64 }}
+main {{
+  function={{ name=__myl_CastMulGath input_args={{ "codes" "ids" }} layers="[ONNX Layer: {gather.name}]" }}
+"""  # noqa: E501
+    (tmp_path / "model.engine").write_bytes(program.encode() + bytes(8))
+    [ran] = TensorRtRtx().prove(model, tmp_path).values()
+    assert ran.precision == "int8 weights"

@@ -46,6 +46,14 @@ def test_reading_drops_blanks_and_repeats() -> None:
     assert ocr.read(probabilities, ["", "a", "b"]) == "aab"
 
 
+def test_lines_are_compared_with_what_they_say_and_with_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ocr, "characters", lambda: ["", "a", "b"])
+    a, b = (np.eye(3, dtype=np.float32)[[[i]]] for i in (1, 2))
+    assert ocr.compare([a, a, b, b], [a, b, a, b], "aaaa") == ocr.Lines(4, 2, 2, 2)
+
+
 def test_suppression_keeps_the_best_of_what_overlaps() -> None:
     torch = pytest.importorskip("torch")
     from qcompile.models import vision
