@@ -15,7 +15,8 @@ RECIPES = {
     "fp16": _FRONT + "cast-half",
     "int8": _FRONT + "smooth-hadamard{block=32}" + _FITTED,
     "int8-fast": _FRONT + "smooth-hadamard{block=32 max-cost=1.5}" + _FITTED,
-    "int8-best": _FRONT + "smooth-hadamard{max-cost=15},calibrate,quantize,"
+    "int8-best": _FRONT + "smooth-hadamard{max-cost=15},"
+    "calibrate{method=percentile percentile=99.999},quantize,"
     "gptq{samples=256 rows=256},bias-correct{samples=256 rows=256},insert-qdq",
     "int8-dynamic": _FRONT + "quantize{scale=dynamic},insert-qdq",
     "int8-fp16": _FRONT + "calibrate,quantize,gptq,cast-half,insert-qdq",
