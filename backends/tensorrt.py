@@ -172,8 +172,10 @@ class Engine(Target, abc.ABC):
         products, others = trt_plan.by_node(steps)
         for node in model.graph:
             name, half = node.name or "", _half_in_file(node)
-            # Small products in half floats are fused into what does not look like a product.
-            step = products.get(name) or (others.get(name) if half else None)
+            # Small products in half floats are fused into what does not look like one; no Gather does.
+            step = products.get(name) or (
+                others.get(name) if half or node.op_type == "Gather" else None
+            )
             for layer in graph.origins(node):
                 reason = why_float(node, "the builder chose a float kernel")
                 if node in behind:
