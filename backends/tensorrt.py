@@ -172,10 +172,9 @@ class Engine(Target, abc.ABC):
         products, others = trt_plan.by_node(steps)
         for node in model.graph:
             name, half = node.name or "", _half_in_file(node)
-            # Small products in half floats are fused into what does not look like one; no Gather does.
-            step = products.get(name) or (
-                others.get(name) if half or node.op_type == "Gather" else None
-            )
+            # A table is no product, and small ones in half floats do not look like one.
+            loose = half or node.op_type == "Gather"
+            step = products.get(name) or (others.get(name) if loose else None)
             for layer in graph.origins(node):
                 reason = why_float(node, "the builder chose a float kernel")
                 if node in behind:
