@@ -100,7 +100,7 @@ def seven_bits(low: Lowering) -> int:
             narrow = (scale * (form.high / widest.high)).astype(np.float32)
             name = graph.add_constant(low.model, f"{decided.scale}/narrow", narrow).name or ""
             made[decided] = dataclasses.replace(decided, format=widest.name, scale=name)
-        layer.weight.decide(made[decided])
+        layer.weight.decide(_with_codes(low, layer, decided, made[decided]))
         count += 1
     return count
 
@@ -129,16 +129,23 @@ def bias_range(low: Lowering) -> int:
         )
         if (wide > scale).any():
             widened = graph.add_constant(low.model, decided.scale, wide)
-            coarser = dataclasses.replace(decided, scale=widened.name or "", codes="")
-            if decided.codes:
-                fitted = decisions.rounded(low.model, layer.weight.value, decided)
-                grid = low.weight_grid(coarser)
-                packed = numerics.pack(grid.quantize(fitted), grid.format.stored, "")
-                codes = graph.add_constant(low.model, decided.codes, packed)
-                coarser = dataclasses.replace(coarser, codes=codes.name or "")
-            layer.weight.decide(coarser)
+            coarser = dataclasses.replace(decided, scale=widened.name or "")
+            layer.weight.decide(_with_codes(low, layer, decided, coarser))
             count += 1
     return count
+
+
+def _with_codes(
+    low: Lowering, layer: Layer, decided: TensorSpec, coarser: TensorSpec
+) -> TensorSpec:
+    """``coarser`` with the codes that were fitted for ``decided`` rounded to its grid, if any."""
+    if not decided.codes:
+        return coarser
+    fitted = decisions.rounded(low.model, layer.weight.value, decided)
+    grid = low.weight_grid(coarser)
+    packed = numerics.pack(grid.quantize(fitted), grid.format.stored, "")
+    codes = graph.add_constant(low.model, f"{decided.codes}/coarser", packed)
+    return dataclasses.replace(coarser, codes=codes.name or "")
 
 
 def weights(low: Lowering) -> int:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from lowering import Array
 
-from qcompile import execute, graph, numerics, spec, text, verify
+from qcompile import decisions, execute, graph, numerics, spec, text, verify
 from qcompile.backends import ort_isa, ort_rules
 from qcompile.backends.base import Kernels, Lowering, affine
 from qcompile.backends.onnxruntime import OrtCpu
@@ -207,17 +207,23 @@ def test_bias_range_leaves_a_bias_that_fits(granularity: str) -> None:
     assert act(GEMM, "bias-range", passes)[:2] == (0, [])
 
 
-def test_bias_range_leaves_fitted_codes() -> None:
-    model = lowering.graph_of(GEMM, {"b": np.full(4, 1e9, np.float32)})
-    lowering.decide(model)
-    low = Lowering(model)
-    use = low.layers[0].weight
-    decided = use.spec
-    assert decided is not None
-    use.decide(
-        spec.TensorSpec(decided.format, decided.axis, scale=decided.scale, codes=decided.scale)
-    )
-    assert ort_rules.bias_range(low) == 0
+@pytest.mark.parametrize(
+    ("rule", "kernels", "bias"), [("bias-range", None, 1e9), ("seven-bits", "avx2", 1.0)]
+)
+def test_fitted_codes_follow_a_coarser_grid(rule: str, kernels: str | None, bias: float) -> None:
+    model = lowering.graph_of(GEMM, {"b": np.full(4, bias, np.float32)})
+    lowering.decide(model, f"{lowering.DECIDE},gptq")
+    low = Lowering(model, ort_isa.kernels(kernels, "1.32") if kernels else None)
+    [layer] = low.layers
+    before = layer.weight.spec
+    assert before is not None and before.codes
+    fitted = decisions.rounded(model, layer.weight.value, before)
+    assert next(each for each in ort_rules.DIALECT if each.name == rule).apply(low) == 1
+    after = layer.weight.spec
+    assert after is not None and after.codes != before.codes
+    scale = np.max(graph.constant(model.graph.initializers[after.scale]))
+    error = np.abs(decisions.rounded(model, layer.weight.value, after) - fitted)
+    assert error.max() <= scale / 2 * (1 + 1e-6)
 
 
 # -- seven-bits ---------------------------------------------------------------------------------
