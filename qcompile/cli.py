@@ -23,6 +23,7 @@ from qcompile.options import Options, script
 app = App(
     name="qcompile",
     version=__version__,
+    suppress_keyboard_interrupt=False,  # it is said, in main
     help="Compile a model to integers for a runtime, and prove what runs in which precision.",
 )
 
