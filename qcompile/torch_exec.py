@@ -1,0 +1,273 @@
+"""A subgraph of a model, up to the whole, as a differentiable torch function.
+
+Each ONNX operator is one small entry of a table (``torch_math``, ``torch_moves``, ``torch_layers``,
+``torch_recurrent``), which the tests hold to what ONNX Runtime computes. Needs the extra ``torch``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from qcompile import torch_layers, torch_math, torch_moves, torch_recurrent
+from qcompile.errors import PassError, nearest
+from qcompile.torch_table import Call, Entry, Table, tensor_of
+
+OPERATORS = Table(
+    {**torch_math.TABLE, **torch_moves.TABLE, **torch_layers.TABLE, **torch_recurrent.TABLE}
+)
+# Operators with bodies, which are run here, and those that are constants.
+_CONTROL = ("If",)
+_CONSTANT = "Constant"
+
+Map = Callable[[Tensor], Tensor]
+Environment = dict[ir.Value, Tensor]
+
+
+def missing(nodes: Iterable[ir.Node]) -> list[str]:
+    """The operators of ``nodes`` and of their bodies that cannot be run, sorted."""
+    return sorted({_operator(node) for node in _with_bodies(nodes) if not _runs(node)})
+
+
+def _runs(node: ir.Node) -> bool:
+    known = node.op_type in OPERATORS or node.op_type in _CONTROL
+    return node.domain in ("", "ai.onnx") and (known or _constant(node) is not None)
+
+
+def _operator(node: ir.Node) -> str:
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}:{node.op_type}"
+
+
+def _bodies(node: ir.Node) -> list[ir.Graph]:
+    return [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+
+
+def _with_bodies(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
+    for node in nodes:
+        yield node
+        for body in _bodies(node):
+            yield from _with_bodies(body)
+
+
+def _reads(node: ir.Node) -> list[ir.Value]:
+    """What a node and its bodies read and do not write themselves."""
+    found = [value for value in node.inputs if value is not None]
+    for body in _bodies(node):
+        own = {*body.inputs, *body.initializers.values(), *(o for n in body for o in n.outputs)}
+        inner = [value for n in body for value in _reads(n)] + list(body.outputs)
+        found += [value for value in inner if value not in own]
+    return found
+
+
+def _constant(node: ir.Node) -> Tensor | None:
+    """What a Constant node holds; None for every other node, and for text."""
+    if node.op_type != _CONSTANT or node.domain not in ("", "ai.onnx"):
+        return None
+    for name, attribute in node.attributes.items():
+        if name == "value":
+            return tensor_of(attribute.as_tensor())
+        if name in ("value_float", "value_floats"):
+            return torch.tensor(attribute.value, dtype=torch.float32)
+        if name in ("value_int", "value_ints"):
+            return torch.tensor(attribute.value, dtype=torch.int64)
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One node to run, and the values that nothing reads after it."""
+
+    node: ir.Node
+    call: Call
+    entry: Entry | None  # None for control flow
+    dead: tuple[ir.Value, ...]
+
+
+class TorchGraph:
+    """Part of a model as a torch function.
+
+    Takes the nodes of the main graph that ``outputs`` need, back to ``inputs``, which may name any
+    values. ``constants`` are copies, by value name, of the initializers and constants that these
+    nodes and their bodies read; what the caller puts there is what is computed with, so that float
+    ones may be given a gradient or another type. Numbers that shapes are computed of stay on the
+    CPU, whatever ``device`` is.
+
+    Raises PassError if an operator cannot be run, if a name is unknown, or if an input of the model
+    is needed that is not among ``inputs``.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        device: str = "cpu",
+    ) -> None:
+        self._device = torch.device(device)
+        self._opset = model.graph.opset_imports.get("", 1)
+        known = _values(model)
+        for name in (*inputs, *outputs):
+            if name not in known:
+                raise PassError(f"there is no value {name!r}: {nearest(name, known)}")
+        self._inputs = {name: known[name] for name in inputs}
+        self._outputs = {name: known[name] for name in outputs}
+        self.nodes: tuple[ir.Node, ...] = tuple(self._needed(model))
+        lacking = missing(self.nodes)
+        if lacking:
+            raise PassError(
+                f"torch cannot run the operators {', '.join(lacking)}; choose a subgraph without "
+                f"them"
+            )
+        self.constants: dict[str, Tensor] = {}
+        self._held: list[ir.Value] = []
+        self._hold(self.nodes, [*self._outputs.values()])
+        self._programs: dict[int, list[_Step]] = {}
+        self._steps = self._program(self.nodes, [*self._outputs.values()], set())
+
+    def _needed(self, model: ir.Model) -> list[ir.Node]:
+        """The nodes between, in the order of the graph."""
+        cut = set(self._inputs.values())
+        found: set[ir.Node] = set()
+        open_values = list(self._outputs.values())
+        while open_values:
+            value = open_values.pop()
+            writer = value.producer()
+            if value in cut or writer in found:
+                continue
+            if writer is not None:
+                found.add(writer)
+                open_values += _reads(writer)
+            elif value.const_value is None:
+                raise PassError(
+                    f"{', '.join(map(repr, self._outputs))} need the input {value.name!r} of the "
+                    f"model; name it among the inputs of the subgraph"
+                )
+        return [node for node in model.graph if node in found]
+
+    def _hold(self, nodes: Iterable[ir.Node], more: Iterable[ir.Value]) -> None:
+        """Copy the constants that ``nodes`` read."""
+        cut = set(self._inputs.values())
+        nodes = list(_with_bodies(nodes))
+        read = [v for node in nodes for v in node.inputs if v is not None]
+        read += [v for node in nodes for body in _bodies(node) for v in body.outputs]
+        for value in dict.fromkeys([*read, *more]):
+            if value in cut:
+                continue
+            writer = value.producer()
+            if writer is not None:
+                tensor = _constant(writer)
+            else:
+                tensor = None if value.const_value is None else tensor_of(value.const_value)
+            if tensor is not None:
+                self._held.append(value)
+                self.constants[value.name or ""] = self._place(tensor)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        """On the device, unless it is a list of integers, which is likely to be a shape."""
+        counts = tensor.dim() <= 1 and not tensor.is_floating_point()
+        return tensor if counts else tensor.to(self._device)
+
+    def _program(
+        self, nodes: Iterable[ir.Node], kept: Iterable[ir.Value], outer: set[ir.Value]
+    ) -> list[_Step]:
+        """The steps of a graph. Values of ``outer`` graphs are freed there."""
+        run = [node for node in nodes if _constant(node) is None]
+        seen = {*kept, *self._held, *outer}
+        steps: list[_Step] = []
+        for node in reversed(run):
+            dead = {*_reads(node), *node.outputs} - seen
+            seen |= dead
+            entry = None if node.op_type in _CONTROL else OPERATORS[node.op_type]
+            steps.append(_Step(node, Call(node, self._opset), entry, tuple(dead)))
+        for node in run:
+            for body in _bodies(node):
+                inside = {o for n in body for o in n.outputs}
+                around = {v for n in body for v in _reads(n)} - inside
+                self._programs[id(body)] = self._program(body, body.outputs, around)
+        return steps[::-1]
+
+    def __call__(
+        self,
+        feeds: Mapping[str, Tensor],
+        at: Mapping[tuple[str, int], Map] | None = None,
+        after: Mapping[str, Map] | None = None,
+    ) -> dict[str, Tensor]:
+        """The outputs, by name, for the inputs in ``feeds``.
+
+        ``at[node name, input index]`` maps what that one use reads, ``after[value name]`` what a
+        node wrote, for all that read it; both see tensors and keep gradients if they do themselves.
+        Without gradients a value is freed when its last reader has run.
+        """
+        values: Environment = {v: self.constants[v.name or ""] for v in self._held}
+        for name, value in self._inputs.items():
+            if name not in feeds:
+                raise PassError(f"the subgraph has an input {name!r}, for which there is no value")
+            values[value] = self._place(feeds[name])
+        self._run(self._steps, values, at or {}, after or {})
+        return {name: values[value] for name, value in self._outputs.items()}
+
+    def _run(
+        self,
+        steps: Sequence[_Step],
+        values: Environment,
+        at: Mapping[tuple[str, int], Map],
+        after: Mapping[str, Map],
+    ) -> None:
+        for step in steps:
+            node = step.node
+            read = [None if value is None else values[value] for value in node.inputs]
+            if at:
+                for index, tensor in enumerate(read):
+                    change = at.get((node.name or "", index))
+                    if change is not None and tensor is not None:
+                        read[index] = change(tensor)
+            if step.entry is None:
+                written = self._branch(step, read, values, at, after)
+            else:
+                if self._device.type != "cpu":
+                    read = self._together(read, step.entry.host)
+                written = step.entry.function(step.call, *read)
+                del read
+            results = written if isinstance(written, tuple) else (written,)
+            for value, tensor in zip(node.outputs, results, strict=False):
+                if tensor is not None:
+                    change = after.get(value.name or "") if after else None
+                    values[value] = tensor if change is None else change(tensor)
+            del written, results
+            for value in step.dead:
+                values.pop(value, None)
+
+    def _branch(
+        self,
+        step: _Step,
+        read: Sequence[Tensor | None],
+        values: Environment,
+        at: Mapping[tuple[str, int], Map],
+        after: Mapping[str, Map],
+    ) -> tuple[Tensor, ...]:
+        """What the chosen body of an If writes; it reads the values around it."""
+        condition = read[0]
+        assert condition is not None
+        name = "then_branch" if bool(condition) else "else_branch"
+        body = step.node.attributes[name].as_graph()
+        self._run(self._programs[id(body)], values, at, after)
+        return tuple(values[value] for value in body.outputs)
+
+    def _together(self, read: Sequence[Tensor | None], host: frozenset[int]) -> list[Tensor | None]:
+        """Numbers on the CPU, and all else on the device if any of it is there."""
+        others = [t for i, t in enumerate(read) if t is not None and i not in host]
+        device = next((t.device for t in others if t.device.type != "cpu"), torch.device("cpu"))
+        return [
+            None if t is None else t.to("cpu" if i in host else device) for i, t in enumerate(read)
+        ]
+
+
+def _values(model: ir.Model) -> dict[str, ir.Value]:
+    """The values of the main graph, by name."""
+    graph = model.graph
+    found = [*graph.inputs, *graph.initializers.values(), *(o for n in graph for o in n.outputs)]
+    return {value.name: value for value in found if value.name}
