@@ -20,9 +20,9 @@ from qcompile.torch_table import Call, Entry, Table, tensor_of
 OPERATORS = Table(
     {**torch_math.TABLE, **torch_moves.TABLE, **torch_layers.TABLE, **torch_recurrent.TABLE}
 )
-# Operators with bodies, which are run here, and those that are constants.
+# Operators with bodies, which are run here, and the attributes of a Constant that are numbers.
 _CONTROL = ("If",)
-_CONSTANT = "Constant"
+_NUMBERS = {"value", "value_float", "value_floats", "value_int", "value_ints"}
 
 Map = Callable[[Tensor], Tensor]
 Environment = dict[ir.Value, Tensor]
@@ -35,7 +35,7 @@ def missing(nodes: Iterable[ir.Node]) -> list[str]:
 
 def _runs(node: ir.Node) -> bool:
     known = node.op_type in OPERATORS or node.op_type in _CONTROL
-    return node.domain in ("", "ai.onnx") and (known or _constant(node) is not None)
+    return node.domain in ("", "ai.onnx") and (known or _is_constant(node))
 
 
 def _operator(node: ir.Node) -> str:
@@ -63,18 +63,23 @@ def _reads(node: ir.Node) -> list[ir.Value]:
     return found
 
 
-def _constant(node: ir.Node) -> Tensor | None:
-    """What a Constant node holds; None for every other node, and for text."""
-    if node.op_type != _CONSTANT or node.domain not in ("", "ai.onnx"):
+def _is_constant(node: ir.Node) -> bool:
+    """Whether a node is a Constant of numbers, not of text or sparse."""
+    return node.op_type == "Constant" and bool(_NUMBERS & {*node.attributes})
+
+
+def _constant(value: ir.Value) -> Tensor | None:
+    """What an initializer or a Constant node holds; None for every other value."""
+    node = value.producer()
+    if node is None:
+        return None if value.const_value is None else tensor_of(value.const_value)
+    if not _is_constant(node):
         return None
-    for name, attribute in node.attributes.items():
-        if name == "value":
-            return tensor_of(attribute.as_tensor())
-        if name in ("value_float", "value_floats"):
-            return torch.tensor(attribute.value, dtype=torch.float32)
-        if name in ("value_int", "value_ints"):
-            return torch.tensor(attribute.value, dtype=torch.int64)
-    return None
+    ((name, attribute),) = node.attributes.items()
+    if name == "value":
+        return tensor_of(attribute.as_tensor())
+    dtype = torch.float32 if name.startswith("value_float") else torch.int64
+    return torch.tensor(attribute.value, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +162,7 @@ class TorchGraph:
         for value in dict.fromkeys([*read, *more]):
             if value in cut:
                 continue
-            writer = value.producer()
-            if writer is not None:
-                tensor = _constant(writer)
-            else:
-                tensor = None if value.const_value is None else tensor_of(value.const_value)
+            tensor = _constant(value)
             if tensor is not None:
                 self._held.append(value)
                 self.constants[value.name or ""] = self._place(tensor)
@@ -175,7 +176,7 @@ class TorchGraph:
         self, nodes: Iterable[ir.Node], kept: Iterable[ir.Value], outer: set[ir.Value]
     ) -> list[_Step]:
         """The steps of a graph. Values of ``outer`` graphs are freed there."""
-        run = [node for node in nodes if _constant(node) is None]
+        run = [node for node in nodes if not _is_constant(node)]
         seen = {*kept, *self._held, *outer}
         steps: list[_Step] = []
         for node in reversed(run):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcompile.torch_table import Call, Table, along, integers, wide
+from qcompile.torch_table import Call, Table, along, from_array, integers, norm, numbers, wide
 
 TABLE = Table()
 
@@ -286,9 +286,9 @@ def _last_axes(call: Call, x: Tensor) -> list[int]:
 
 @TABLE.entry("LpNormalization")
 def lp_norm(call: Call, x: Tensor) -> Tensor:
-    """Along one axis by its p-norm."""
-    norm = torch.linalg.vector_norm(x, call.int("p", 2), call.int("axis", -1), keepdim=True)
-    return torch.where(norm == 0, torch.zeros_like(x), x / norm)
+    """Along one axis by its p-norm; zero where that is zero."""
+    size = norm(x, [call.int("axis", -1)], True, call.int("p", 2))
+    return x / torch.where(size == 0, torch.ones_like(size), size)
 
 
 @TABLE.entry("MeanVarianceNormalization")
@@ -335,11 +335,11 @@ def resize(
             factors = [factor] * len(factors)
             wanted = [math.floor(factor * e + 0.5) for e in entered]
     elif scales is not None:
-        factors = [float(f) for f in scales.tolist()]
+        factors = numbers(scales) or []
         wanted = [math.floor(f * e) for f, e in zip(factors, entered, strict=True)]
     else:
         call.refuse("neither scales nor sizes")
-    crop = None if roi is None or not roi.numel() else [float(v) for v in roi.tolist()]
+    crop = None if roi is None or not roi.numel() else numbers(roi)
     for i, axis in enumerate(chosen):
         if wanted[i] == entered[i] and factors[i] == 1.0 and crop is None:
             continue
@@ -351,7 +351,7 @@ def resize(
         else:
             x = _interpolate(call, x, axis, places, factors[i])
         if call.text("coordinate_transformation_mode", "") == "tf_crop_and_resize":
-            beyond = along(x, torch.from_numpy(outside).to(x.device), axis)
+            beyond = along(x, from_array(outside).to(x.device), axis)
             x = torch.where(beyond, call.float("extrapolation_value", 0.0), x)
     return x
 
@@ -394,7 +394,7 @@ def _nearest(call: Call, places: Floats, entered: int) -> Tensor:
         found = np.floor(places + np.float32(0.5))
     else:
         found = np.ceil(places - np.float32(0.5))
-    return torch.from_numpy(np.clip(found, 0, entered - 1).astype(np.int64))
+    return from_array(np.clip(found, 0, entered - 1).astype(np.int64))
 
 
 def _interpolate(call: Call, x: Tensor, axis: int, places: Floats, factor: float) -> Tensor:
@@ -416,8 +416,8 @@ def _interpolate(call: Call, x: Tensor, axis: int, places: Floats, factor: float
     for index, weight in zip(around, weights, strict=True):
         if not weight.any():
             continue
-        tap = torch.from_numpy(weight).to(x)
-        term = x.index_select(axis, torch.from_numpy(index).to(x.device)) * along(x, tap, axis)
+        tap = from_array(weight).to(x)
+        term = x.index_select(axis, from_array(index).to(x.device)) * along(x, tap, axis)
         summed = term if summed is None else summed + term
     assert summed is not None
     return summed

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcompile.torch_table import Call, Table, along, dtype_of, integers, wide
+from qcompile.torch_table import Call, Table, along, dtype_of, integers, norm, wide
 
 TABLE = Table()
 
@@ -277,6 +277,10 @@ def _mean(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     return torch.div(_sum(x, axes, keep), count, rounding_mode="trunc")
 
 
+def _norm(x: Tensor, axes: list[int], keep: bool) -> Tensor:
+    return norm(wide(x) if x.is_floating_point() else x.double(), axes, keep).to(x.dtype)
+
+
 _REDUCE: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
     "ReduceSum": _sum,
     "ReduceMean": _mean,
@@ -284,7 +288,7 @@ _REDUCE: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
     "ReduceMax": lambda x, axes, keep: torch.amax(x, axes, keepdim=keep),
     "ReduceMin": lambda x, axes, keep: torch.amin(x, axes, keepdim=keep),
     "ReduceL1": lambda x, axes, keep: _sum(x.abs(), axes, keep),
-    "ReduceL2": lambda x, axes, keep: _sum(x.square(), axes, keep).sqrt().to(x.dtype),
+    "ReduceL2": _norm,
     "ReduceLogSum": lambda x, axes, keep: _sum(x, axes, keep).log(),
     "ReduceLogSumExp": lambda x, axes, keep: torch.logsumexp(x, axes, keepdim=keep),
     "ReduceSumSquare": lambda x, axes, keep: _sum(x.square(), axes, keep),
@@ -367,8 +371,8 @@ def _spread(call: Call, x: Tensor, parameter: Tensor) -> Tensor:
 
 
 def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
-    """``rounded`` with the gradient of ``value``."""
-    return value + (rounded - value).detach()
+    """``rounded``, to the bit, with the gradient of ``value``."""
+    return rounded.detach() + (value - value.detach())
 
 
 @TABLE.entry("QuantizeLinear")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,8 @@ def transpose(call: Call, x: Tensor) -> Tensor:
 @TABLE.entry("Expand", host=(1,))
 def expand(_: Call, x: Tensor, target: Tensor) -> Tensor:
     """Broadcast with a shape, both ways."""
-    return x.expand(torch.broadcast_shapes(x.shape, integers(target) or []))
+    library: Any = torch  # partly untyped
+    return x.expand(library.broadcast_shapes(x.shape, integers(target) or []))
 
 
 @TABLE.entry("Tile", host=(1,))

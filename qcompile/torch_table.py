@@ -47,8 +47,15 @@ _TYPES: dict[ir.DataType, torch.dtype] = {
     ir.DataType.UINT4: torch.uint8,
     ir.DataType.UINT2: torch.uint8,
 }
-# Types of which numpy knows the bits only.
-_BITS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16)}
+# Types that torch takes from numpy by their bits only, and those of which several share a byte.
+_BITS = {
+    ir.DataType.BFLOAT16: np.uint16,
+    ir.DataType.FLOAT8E4M3FN: np.uint8,
+    ir.DataType.FLOAT8E4M3FNUZ: np.uint8,
+    ir.DataType.FLOAT8E5M2: np.uint8,
+    ir.DataType.FLOAT8E5M2FNUZ: np.uint8,
+}
+_HELD = {torch.int8: np.int8, torch.uint8: np.uint8, torch.float32: np.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,22 +153,31 @@ def dtype_of(dtype: ir.DataType) -> torch.dtype:
 
 def tensor_of(tensor: ir.TensorProtocol) -> Tensor:
     """A copy of an ONNX tensor on the CPU."""
-    dtype = dtype_of(ir.DataType(tensor.dtype))
+    kind = ir.DataType(tensor.dtype)
+    dtype = dtype_of(kind)
     array: npt.NDArray[Any] = np.array(tensor.numpy(), order="C")  # rank 0 stays rank 0
-    if dtype in (torch.bfloat16,) or (dtype.itemsize == 1 and dtype.is_floating_point):
-        return torch.from_numpy(array.view(_BITS[dtype.itemsize])).view(dtype)
-    if ir.DataType(tensor.dtype).bitwidth < 8:
-        array = array.astype(np.float32 if dtype.is_floating_point else _smallest(dtype))
-    return torch.from_numpy(array)
+    if kind in _BITS:
+        return from_array(array.view(_BITS[kind])).view(dtype)
+    if kind.bitwidth < 8:
+        array = array.astype(_HELD[dtype])
+    return from_array(array)
 
 
-def _smallest(dtype: torch.dtype) -> type[np.generic]:
-    return np.int8 if dtype is torch.int8 else np.uint8
+def from_array(array: npt.NDArray[Any]) -> Tensor:
+    """A tensor on the CPU that shares the memory of ``array``."""
+    library: Any = torch  # partly untyped
+    return library.from_numpy(array)
+
+
+def numbers(tensor: Tensor | None) -> list[Any] | None:
+    """The elements of a tensor of any rank, in order; None for None."""
+    flat: Any = None if tensor is None else tensor.reshape(-1)  # partly untyped
+    return None if flat is None else flat.tolist()
 
 
 def integers(tensor: Tensor | None) -> list[int] | None:
-    """The numbers of a tensor of any rank, in order; None for None."""
-    return None if tensor is None else [int(v) for v in tensor.reshape(-1).tolist()]
+    """``numbers`` of a tensor of integers or booleans."""
+    return numbers(tensor)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -174,3 +190,9 @@ def along(x: Tensor, vector: Tensor, axis: int) -> Tensor:
     shape = [1] * x.dim()
     shape[axis] = -1
     return vector.reshape(shape)
+
+
+def norm(x: Tensor, axes: list[int], keep: bool, p: float = 2) -> Tensor:
+    """The p-norm along ``axes``; its gradient is zero where it is zero."""
+    library: Any = torch.linalg  # partly untyped
+    return library.vector_norm(x, p, axes, keep)
