@@ -120,18 +120,21 @@ def conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = 
         for size, step, k, d in zip(x.shape[2:], strides, weight.shape[2:], dilations, strict=True)
     ]
     auto, wanted = call.text("auto_pad", "NOTSET"), call.ints("output_shape")
-    if wanted is not None:
-        wanted = wanted[-rank:]
-    elif auto.startswith("SAME"):
-        wanted = [size * step for size, step in zip(x.shape[2:], strides, strict=True)]
-    if wanted is not None:
-        totals = [max(f + m - w, 0) for f, m, w in zip(full, more, wanted, strict=True)]
-        before, after = _halves(totals, "SAME_LOWER" if auto != "SAME_UPPER" else auto)
-    elif auto == "VALID":
+    if auto == "VALID":
         before = after = [0] * rank
+    elif auto.startswith("SAME") and wanted is None:
+        wanted = [size * step for size, step in zip(x.shape[2:], strides, strict=True)]
+    if wanted is None:
+        wanted = [f + m - b - a for f, m, b, a in zip(full, more, before, after, strict=True)]
+    else:
+        wanted = wanted[-rank:]
+        totals = [max(f + m - w, 0) for f, m, w in zip(full, more, wanted, strict=True)]
+        before, after = _halves(totals, "SAME_UPPER" if auto == "SAME_UPPER" else "SAME_LOWER")
     group = call.int("group", 1)
     out = _TRANSPOSED[rank](x, weight, None, strides, 0, 0, group, dilations)
-    order = [n for i in reversed(range(rank)) for n in (-before[i], more[i] - after[i])]
+    order = [
+        n for i in reversed(range(rank)) for n in (-before[i], wanted[i] + before[i] - full[i])
+    ]
     out = F.pad(out, order) if any(order) else out
     return out if bias is None else out + along(out, bias, 1)
 
@@ -175,6 +178,10 @@ def _window_sums(window: Window, x: Tensor) -> Tensor:
 @TABLE.entry("AveragePool")
 def average_pool(call: Call, x: Tensor) -> Tensor:
     """The mean of each window, of the input alone or with its padding."""
+    return _average(call, wide(x)).to(x.dtype)  # torch has no pool3d in float16 on a CPU
+
+
+def _average(call: Call, x: Tensor) -> Tensor:
     kernel = call.ints("kernel_shape") or []
     window = Window.of(call, x.shape[2:], kernel)
     padded = bool(call.int("count_include_pad", 0))

@@ -300,13 +300,12 @@ def _reduce(
 ) -> Callable[..., Tensor]:
     def reduce(call: Call, x: Tensor, axes: Tensor | None = None) -> Tensor:
         chosen = integers(axes) or call.ints("axes")
-        if not chosen:
-            if call.int("noop_with_empty_axes", 0):
-                return x
+        keep = bool(call.int("keepdims", 1))
+        if not chosen and not call.int("noop_with_empty_axes", 0):
             chosen = list(range(x.dim()))
-        if x.dim() == 0:  # one number, which torch reduces over an axis that it makes up
-            return function(x.reshape(1), [0], False)
-        return function(x, [axis % x.dim() for axis in chosen], bool(call.int("keepdims", 1)))
+        if not chosen:  # each element by itself, of which torch has no notion
+            return function(x.unsqueeze(-1), [x.dim()], False)
+        return function(x, [axis % x.dim() for axis in chosen], keep)
 
     return reduce
 

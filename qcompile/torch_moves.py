@@ -159,7 +159,7 @@ def gather(call: Call, x: Tensor, indices: Tensor) -> Tensor:
     """Slices along one axis, in the shape of the indices."""
     axis = call.int("axis", 0) % x.dim()
     chosen = x.index_select(axis, _from_front(indices, x.shape[axis]).reshape(-1))
-    return chosen.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return chosen.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
 
 
 @TABLE.entry("GatherElements")
@@ -186,7 +186,7 @@ def gather_nd(call: Call, x: Tensor, indices: Tensor) -> Tensor:
     rows = _rows(indices, x.shape[batch : batch + depth]).reshape(count, -1, 1)
     flat = x.reshape(count, math.prod(x.shape[batch : batch + depth]), wide)
     chosen = torch.gather(flat, 1, rows.expand(-1, -1, wide))
-    return chosen.reshape(*indices.shape[:-1], *inner)
+    return chosen.reshape([*indices.shape[:-1], *inner])
 
 
 _REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
