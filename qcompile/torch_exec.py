@@ -1,7 +1,8 @@
 """A subgraph of a model, up to the whole, as a differentiable torch function.
 
 Each ONNX operator is one small entry of a table (``torch_math``, ``torch_moves``, ``torch_layers``,
-``torch_recurrent``), which the tests hold to what ONNX Runtime computes. Needs the extra ``torch``.
+``torch_attention``, ``torch_recurrent``), which the tests hold to what ONNX Runtime computes. Needs
+the extra ``torch``.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qcompile import torch_layers, torch_math, torch_moves, torch_recurrent
+from qcompile import torch_attention, torch_layers, torch_math, torch_moves, torch_recurrent
 from qcompile.errors import PassError, nearest
-from qcompile.torch_table import Call, Entry, Table, tensor_of
+from qcompile.torch_table import Call, Entry, Table, dtype_of, tensor_of
 
 OPERATORS = Table(
-    {**torch_math.TABLE, **torch_moves.TABLE, **torch_layers.TABLE, **torch_recurrent.TABLE}
+    torch_math.TABLE
+    | torch_moves.TABLE
+    | torch_layers.TABLE
+    | torch_attention.TABLE
+    | torch_recurrent.TABLE
 )
 # Operators with bodies, which are run here, and the attributes of a Constant that are numbers.
-_CONTROL = ("If",)
+_CONTROL = ("If", "Loop")
 _NUMBERS = {"value", "value_float", "value_floats", "value_int", "value_ints"}
 
 Map = Callable[[Tensor], Tensor]
-Environment = dict[ir.Value, Tensor]
 
 
 def missing(nodes: Iterable[ir.Node]) -> list[str]:
@@ -92,6 +96,42 @@ class _Step:
     dead: tuple[ir.Value, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Body:
+    """A graph inside a node: its steps, and of what it writes that which is still there then."""
+
+    graph: ir.Graph
+    steps: list[_Step]
+    left: tuple[ir.Value, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scope:
+    """One call: the values that are there, and how the caller changes some of them."""
+
+    values: dict[ir.Value, Tensor]
+    fed: frozenset[ir.Value]
+    at: Mapping[tuple[str, int], Map]
+    after: Mapping[str, Map]
+
+    def read(self, node: ir.Node) -> list[Tensor | None]:
+        """What ``node`` reads."""
+        found = [None if value is None else self.values[value] for value in node.inputs]
+        if self.at:
+            for index, tensor in enumerate(found):
+                change = self.at.get((node.name or "", index))
+                if change is not None and tensor is not None:
+                    found[index] = change(tensor)
+        return found
+
+    def write(self, node: ir.Node, written: Sequence[Tensor | None]) -> None:
+        """What ``node`` writes, as far as it is there; a value that was fed stays."""
+        for value, tensor in zip(node.outputs, written, strict=False):
+            if tensor is not None and value not in self.fed:
+                change = self.after.get(value.name or "") if self.after else None
+                self.values[value] = tensor if change is None else change(tensor)
+
+
 class TorchGraph:
     """Part of a model as a torch function.
 
@@ -130,8 +170,8 @@ class TorchGraph:
         self.constants: dict[str, Tensor] = {}
         self._held: list[ir.Value] = []
         self._hold(self.nodes, [*self._outputs.values()])
-        self._programs: dict[int, list[_Step]] = {}
-        self._steps = self._program(self.nodes, [*self._outputs.values()], set())
+        self._bodies: dict[int, _Body] = {}
+        self._steps = self._program(self.nodes, {*self._outputs.values()})
 
     def _needed(self, model: ir.Model) -> list[ir.Node]:
         """The nodes between, in the order of the graph."""
@@ -163,32 +203,35 @@ class TorchGraph:
             if value in cut:
                 continue
             tensor = _constant(value)
-            if tensor is not None:
-                self._held.append(value)
-                self.constants[value.name or ""] = self._place(tensor)
+            if tensor is None:
+                continue
+            name = value.name or ""
+            if name in self.constants:
+                raise PassError(f"two constants are called {name!r}; capture the model first")
+            self._held.append(value)
+            self.constants[name] = self._place(tensor)
 
     def _place(self, tensor: Tensor) -> Tensor:
         """On the device, unless it is a list of integers, which is likely to be a shape."""
         counts = tensor.dim() <= 1 and not tensor.is_floating_point()
         return tensor if counts else tensor.to(self._device)
 
-    def _program(
-        self, nodes: Iterable[ir.Node], kept: Iterable[ir.Value], outer: set[ir.Value]
-    ) -> list[_Step]:
-        """The steps of a graph. Values of ``outer`` graphs are freed there."""
+    def _program(self, nodes: Iterable[ir.Node], kept: set[ir.Value]) -> list[_Step]:
+        """The steps of a graph, which free everything but ``kept`` and the constants."""
         run = [node for node in nodes if not _is_constant(node)]
-        seen = {*kept, *self._held, *outer}
+        seen = kept | {*self._held}
         steps: list[_Step] = []
         for node in reversed(run):
             dead = {*_reads(node), *node.outputs} - seen
             seen |= dead
             entry = None if node.op_type in _CONTROL else OPERATORS[node.op_type]
             steps.append(_Step(node, Call(node, self._opset), entry, tuple(dead)))
-        for node in run:
             for body in _bodies(node):
-                inside = {o for n in body for o in n.outputs}
-                around = {v for n in body for v in _reads(n)} - inside
-                self._programs[id(body)] = self._program(body, body.outputs, around)
+                own = {*body.inputs, *(o for n in body for o in n.outputs)}
+                around = {v for n in body for v in _reads(n)} - own
+                inner = self._program(body, around | {*body.outputs})
+                left = own & {*body.inputs, *body.outputs}
+                self._bodies[id(body)] = _Body(body, inner, tuple(left))
         return steps[::-1]
 
     def __call__(
@@ -203,60 +246,66 @@ class TorchGraph:
         node wrote, for all that read it; both see tensors and keep gradients if they do themselves.
         Without gradients a value is freed when its last reader has run.
         """
-        values: Environment = {v: self.constants[v.name or ""] for v in self._held}
+        values = {value: self.constants[value.name or ""] for value in self._held}
         for name, value in self._inputs.items():
             if name not in feeds:
                 raise PassError(f"the subgraph has an input {name!r}, for which there is no value")
             values[value] = self._place(feeds[name])
-        self._run(self._steps, values, at or {}, after or {})
+        fed = frozenset(self._inputs.values())
+        self._run(self._steps, _Scope(values, fed, at or {}, after or {}))
         return {name: values[value] for name, value in self._outputs.items()}
 
-    def _run(
-        self,
-        steps: Sequence[_Step],
-        values: Environment,
-        at: Mapping[tuple[str, int], Map],
-        after: Mapping[str, Map],
-    ) -> None:
+    def _run(self, steps: Sequence[_Step], scope: _Scope) -> None:
         for step in steps:
-            node = step.node
-            read = [None if value is None else values[value] for value in node.inputs]
-            if at:
-                for index, tensor in enumerate(read):
-                    change = at.get((node.name or "", index))
-                    if change is not None and tensor is not None:
-                        read[index] = change(tensor)
+            read = scope.read(step.node)
             if step.entry is None:
-                written = self._branch(step, read, values, at, after)
+                control = self._if if step.node.op_type == "If" else self._loop
+                written = control(step.node, read, scope)
             else:
                 if self._device.type != "cpu":
                     read = self._together(read, step.entry.host)
                 written = step.entry.function(step.call, *read)
-                del read
-            results = written if isinstance(written, tuple) else (written,)
-            for value, tensor in zip(node.outputs, results, strict=False):
-                if tensor is not None:
-                    change = after.get(value.name or "") if after else None
-                    values[value] = tensor if change is None else change(tensor)
-            del written, results
+            scope.write(step.node, written if isinstance(written, tuple) else (written,))
+            del read, written  # or they would live until the next step has run
             for value in step.dead:
-                values.pop(value, None)
+                scope.values.pop(value, None)
 
-    def _branch(
-        self,
-        step: _Step,
-        read: Sequence[Tensor | None],
-        values: Environment,
-        at: Mapping[tuple[str, int], Map],
-        after: Mapping[str, Map],
+    def _enter(
+        self, node: ir.Node, name: str, entered: Sequence[Tensor], scope: _Scope
     ) -> tuple[Tensor, ...]:
-        """What the chosen body of an If writes; it reads the values around it."""
-        condition = read[0]
-        assert condition is not None
-        name = "then_branch" if bool(condition) else "else_branch"
-        body = step.node.attributes[name].as_graph()
-        self._run(self._programs[id(body)], values, at, after)
-        return tuple(values[value] for value in body.outputs)
+        """Run a body of ``node``, which reads the values around it; what it yields."""
+        body = self._bodies[id(node.attributes[name].as_graph())]
+        scope.values.update(zip(body.graph.inputs, entered, strict=True))
+        self._run(body.steps, scope)
+        yielded = tuple(scope.values[value] for value in body.graph.outputs)
+        for value in body.left:
+            scope.values.pop(value, None)
+        return yielded
+
+    def _if(
+        self, node: ir.Node, read: Sequence[Tensor | None], scope: _Scope
+    ) -> tuple[Tensor, ...]:
+        (condition,) = read
+        return self._enter(node, "then_branch" if condition else "else_branch", (), scope)
+
+    def _loop(
+        self, node: ir.Node, read: Sequence[Tensor | None], scope: _Scope
+    ) -> tuple[Tensor, ...]:
+        """The last of what is carried, and what each turn yields stacked."""
+        limit, condition, *rest = read
+        carried = tuple(tensor for tensor in rest if tensor is not None)
+        going, count = condition is None or bool(condition), 0
+        gathered: list[tuple[Tensor, ...]] = []
+        while going and (limit is None or count < int(limit)):
+            turn = (torch.tensor(count), torch.tensor(True), *carried)
+            again, *yielded = self._enter(node, "body", turn, scope)
+            carried = tuple(yielded[: len(carried)])
+            gathered.append(tuple(yielded[len(carried) :]))
+            going, count = bool(again), count + 1
+        if not gathered:
+            scanned = node.attributes["body"].as_graph().outputs[1 + len(carried) :]
+            return (*carried, *map(_nothing, scanned))
+        return (*carried, *(torch.stack(turns) for turns in zip(*gathered, strict=True)))
 
     def _together(self, read: Sequence[Tensor | None], host: frozenset[int]) -> list[Tensor | None]:
         """Numbers on the CPU, and all else on the device if any of it is there."""
@@ -265,6 +314,12 @@ class TorchGraph:
         return [
             None if t is None else t.to("cpu" if i in host else device) for i, t in enumerate(read)
         ]
+
+
+def _nothing(value: ir.Value) -> Tensor:
+    """What a loop without a turn stacks of ``value``."""
+    sizes = [size if isinstance(size, int) else 0 for size in value.shape or ()]
+    return torch.zeros(0, *sizes, dtype=dtype_of(value.dtype or ir.DataType.FLOAT))
 
 
 def _values(model: ir.Model) -> dict[str, ir.Value]:

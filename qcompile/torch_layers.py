@@ -1,4 +1,4 @@
-"""Layers: convolution, pooling, normalization, resizing, sampling, attention."""
+"""Layers: convolution, pooling, normalization, resizing, sampling."""
 
 from __future__ import annotations
 
@@ -446,4 +446,5 @@ def grid_sample(call: Call, x: Tensor, grid: Tensor) -> Tensor:
     mode = call.text("mode", "bilinear")
     corners = bool(call.int("align_corners", 0))
     padding = call.text("padding_mode", "zeros")
-    return F.grid_sample(x, grid, _SAMPLING.get(mode, mode), padding, corners)
+    method = _SAMPLING.get(mode, mode)
+    return F.grid_sample(wide(x), wide(grid), method, padding, corners).to(x.dtype)

@@ -134,12 +134,13 @@ def slices(
     axes: Tensor | None = None,
     steps: Tensor | None = None,
 ) -> Tensor:
-    """As Python slices, which clamp as ONNX does; a negative step reads backwards."""
+    """As Python slices; but one that goes backwards from before the first element has that one."""
     begin, end = integers(starts) or [], integers(ends) or []
     chosen = integers(axes) or list(range(len(begin)))
     stride = integers(steps) or [1] * len(begin)
     forward = [slice(None)] * x.dim()
     for axis, first, last, step in zip(chosen, begin, end, stride, strict=True):
+        first = max(first, -x.shape[axis]) if step < 0 else first
         places = range(x.shape[axis])[first:last:step]
         if step > 0:
             forward[axis] = slice(places.start, max(places.stop, places.start), step)

@@ -401,19 +401,34 @@ def norms() -> Iterator[Case]:
 
 def resizes() -> Iterator[Case]:
     x, up, down = f(1, 2, 4, 5), n(1, 2, 7, 9), n(1, 2, 3, 2)
-    modes = "half_pixel align_corners asymmetric pytorch_half_pixel half_pixel_symmetric".split()
+    modes = [
+        "half_pixel",
+        "align_corners",
+        "asymmetric",
+        "pytorch_half_pixel",
+        "half_pixel_symmetric",
+    ]
     for transform in modes:
         for sizes in (up, down, n(1, 2, 1, 1)):
             for mode in ("nearest", "linear", "cubic"):
-                options = {"mode": mode, "coordinate_transformation_mode": transform}
+                options: dict[str, Any] = {
+                    "mode": mode,
+                    "coordinate_transformation_mode": transform,
+                }
                 yield case("Resize", x, None, None, sizes, **options)
         for factor in (2.0, 1.3, 0.6):
             scales = n(1, 1, factor, factor, dtype=np.float32)
-            options = {"mode": "linear", "coordinate_transformation_mode": transform}
+            options: dict[str, Any] = {
+                "mode": "linear",
+                "coordinate_transformation_mode": transform,
+            }
             yield case("Resize", x, None, scales, **options)
     for nearest in ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil"):
         for transform in ("asymmetric", "half_pixel"):
-            options = {"nearest_mode": nearest, "coordinate_transformation_mode": transform}
+            options: dict[str, Any] = {
+                "nearest_mode": nearest,
+                "coordinate_transformation_mode": transform,
+            }
             for factor in (2.0, 0.5, 1.7):
                 yield case("Resize", x, None, n(1, 1, factor, factor, dtype=np.float32), **options)
     for mode in ("linear", "cubic"):
@@ -425,16 +440,27 @@ def resizes() -> Iterator[Case]:
     yield case("Resize", f(1, 2, 3, 4, 3), None, None, n(1, 2, 4, 5, 6), mode="linear")
     yield case("Resize", x, None, None, n(8, 10), axes=[2, 3], mode="linear")
     for policy in ("not_larger", "not_smaller"):
-        options = {"axes": [2, 3], "keep_aspect_ratio_policy": policy, "mode": "linear"}
+        options: dict[str, Any] = {
+            "axes": [2, 3],
+            "keep_aspect_ratio_policy": policy,
+            "mode": "linear",
+        }
         yield case("Resize", x, None, None, n(7, 7), **options)
     roi = n(0, 0, 0.2, 0.1, 1, 1, 0.8, 1.3, dtype=np.float32)
-    crop = {"coordinate_transformation_mode": "tf_crop_and_resize", "mode": "linear"}
+    crop: dict[str, Any] = {
+        "coordinate_transformation_mode": "tf_crop_and_resize",
+        "mode": "linear",
+    }
     yield case("Resize", x, roi, None, n(1, 2, 3, 4), extrapolation_value=9.0, **crop)
     grid = u(-1.2, 1.2, 2, 3, 4, 2)
     for mode in ("linear", "nearest", "cubic"):
         for padding in ("zeros", "border", "reflection"):
             for corners in (0, 1):
-                options = {"mode": mode, "padding_mode": padding, "align_corners": corners}
+                options: dict[str, Any] = {
+                    "mode": mode,
+                    "padding_mode": padding,
+                    "align_corners": corners,
+                }
                 yield case("GridSample", f(2, 3, 5, 4), grid, **options)
     yield case("GridSample", f(1, 2, 3, 4, 3), u(-1, 1, 1, 2, 2, 2, 3), mode="linear")
 
@@ -470,6 +496,36 @@ def recurrent() -> Iterator[Case]:
     yield case("LSTM", x, w, r, *parts[:4], to=3, hidden_size=hidden, input_forget=1)
 
 
+def attentions() -> Iterator[Case]:
+    q, k, v = f(2, 4, 3, 6), f(2, 2, 5, 6), f(2, 2, 5, 7)
+    yield case("Attention", q, f(2, 4, 5, 6), f(2, 4, 5, 7), opset=23)
+    yield case("Attention", q, k, v, f(3, 5), opset=23, scale=0.3)
+    yield case("Attention", q, k, v, b(2, 1, 3, 5) | True, opset=23)
+    yield case("Attention", q, k, v, np.tri(3, 5, 2, dtype=bool), opset=23)
+    yield case("Attention", q, k, v, opset=23, is_causal=1)
+    yield case("Attention", q, k, v, f(3, 5), opset=23, softcap=0.8)
+    past = (f(2, 2, 4, 6), f(2, 2, 4, 7))
+    yield case("Attention", q, k, v, f(2, 4, 3, 9), *past, to=3, opset=23)
+    yield case("Attention", q, k, v, None, *past, to=3, opset=23, is_causal=1)
+    for mode in range(4):
+        parts = (q, k, v, f(3, 9), *past)
+        options: dict[str, Any] = {"softcap": 0.8, "qk_matmul_output_mode": mode}
+        yield case("Attention", *parts, to=4, opset=24, **options)
+    flat = (f(2, 3, 8), f(2, 5, 4), f(2, 5, 6))
+    yield case("Attention", *flat, opset=23, q_num_heads=4, kv_num_heads=2)
+    yield case("Attention", q, k, v, None, None, None, n(5, 3), opset=24)
+    yield case("Attention", q, k, v, f(3, 5), opset=23, softmax_precision=1)
+    for options in ({}, {"interleaved": 1}, {"rotary_embedding_dim": 4}):
+        width = options.get("rotary_embedding_dim", 6) // 2
+        x, places = f(2, 4, 3, 6), i(0, 9, 2, 3)
+        yield case("RotaryEmbedding", x, f(9, width), f(9, width), places, opset=23, **options)
+        yield case("RotaryEmbedding", x, f(2, 3, width), f(2, 3, width), opset=23, **options)
+        yield case(
+            "RotaryEmbedding", f(2, 3, 24), f(9, width), f(9, width), places,
+            opset=23, num_heads=4, **options,
+        )  # fmt: skip
+
+
 def quantization() -> Iterator[Case]:
     x = 3 * f(2, 4, 6)
     for dtype in (np.int8, np.uint8, np.int16, np.uint16):
@@ -496,6 +552,6 @@ def cases() -> Sequence[Case]:
     """All of them."""
     families = (
         pointwise, several, reductions, shapes, selections, convolutions, pools, norms, resizes,
-        recurrent, quantization,
+        recurrent, attentions, quantization,
     )  # fmt: skip
     return [made for family in families for made in family()]
