@@ -138,8 +138,8 @@ class TorchGraph:
     Takes the nodes of the main graph that ``outputs`` need, back to ``inputs``, which may name any
     values. ``constants`` are copies, by value name, of the initializers and constants that these
     nodes and their bodies read; what the caller puts there is what is computed with, so that float
-    ones may be given a gradient or another type. Numbers that shapes are computed of stay on the
-    CPU, whatever ``device`` is.
+    ones may be given a gradient or another type. Single numbers and lists of integers, of which
+    shapes are computed, are on the CPU, whatever ``device`` is.
 
     Raises PassError if an operator cannot be run, if a name is unknown, or if an input of the model
     is needed that is not among ``inputs``.
@@ -212,9 +212,9 @@ class TorchGraph:
             self.constants[name] = self._place(tensor)
 
     def _place(self, tensor: Tensor) -> Tensor:
-        """On the device, unless it is a list of integers, which is likely to be a shape."""
-        counts = tensor.dim() <= 1 and not tensor.is_floating_point()
-        return tensor if counts else tensor.to(self._device)
+        """On the device, unless it is one number, or integers that are likely to be a shape."""
+        small = tensor.dim() == 0 or (tensor.dim() == 1 and not tensor.is_floating_point())
+        return tensor if small else tensor.to(self._device)
 
     def _program(self, nodes: Iterable[ir.Node], kept: set[ir.Value]) -> list[_Step]:
         """The steps of a graph, which free everything but ``kept`` and the constants."""

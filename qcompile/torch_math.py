@@ -128,12 +128,21 @@ def is_inf(call: Call, x: Tensor) -> Tensor:
     return torch.isinf(x) & (((x < 0) & bool(negative)) | ((x > 0) & bool(positive)))
 
 
-@TABLE.entry("Clip")
+@TABLE.entry("Clip", host=(1, 2))
 def clip(_: Call, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    """Within the bounds that are there."""
-    if low is None and high is None:
+    """Within the bounds that are there; like Relu without a gradient at a bound.
+
+    Bounds with a gradient have that of the elements outside.
+    """
+    bounds = [bound for bound in (low, high) if bound is not None]
+    if not bounds:
         return x
-    return torch.clamp(x, low, high)
+    if not x.is_floating_point() or any(bound.requires_grad for bound in bounds):
+        return torch.clamp(x, low, high)
+    least = -math.inf if low is None else float(low)
+    most = math.inf if high is None else float(high)
+    # The backward pass of clamp takes six times as long.
+    return F.hardtanh(x, least, most) if least < most else torch.clamp(x, least, most)
 
 
 @TABLE.entry("Softmax")
