@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -61,6 +61,33 @@ class Rule:
 def rules(*functions: Callable[[Lowering], int]) -> tuple[Rule, ...]:
     """Rules named after their functions: ``conv_output`` is ``conv-output``."""
     return tuple(Rule(f.__name__.replace("_", "-"), f) for f in functions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """How a dialect rounds an activation ``x``: ``middle`` plus ``x - middle`` on ``grid``.
+
+    ``value`` names the value whose range both come from. With a range ``f`` times as wide the scale
+    and ``middle`` are ``f`` times as large, and the zero point is the same.
+    """
+
+    value: str
+    grid: Grid
+    middle: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Roundings:
+    """Where a dialect rounds what the graph computes, by the names that the graph has.
+
+    * ``uses``: by node and index of an input, what that one use reads.
+    * ``values``: by value, what all its readers and the output of the graph see.
+    * ``floats``: layers whose decisions the dialect takes back.
+    """
+
+    uses: Mapping[tuple[str, int], Rounding]
+    values: Mapping[str, Rounding]
+    floats: frozenset[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +162,13 @@ class Target(abc.ABC):
         lowering.finish(self.opset_limit())
         return counts
 
+    def roundings(self, model: ir.Model) -> Roundings:
+        """Where this dialect rounds activations of the decided ``model``, which stays as it is."""
+        lowering = Lowering(model.clone(), self.kernels())
+        for rule in self.dialect:
+            rule.apply(lowering)
+        return lowering.roundings()
+
     def kernels(self) -> Kernels:
         """What the kernels take, for the options of this target."""
         return Kernels()
@@ -195,6 +229,10 @@ class Lowering:
         self.weight_grids: dict[ir.Node, Grid] = {}
         self._pairs: dict[tuple[ir.Value, bytes], ir.Value] = {}
         self._grids: dict[ir.Value, Grid] = {}
+        self._uses: dict[tuple[str, int], Rounding] = {}
+        self._values: dict[str, Rounding] = {}
+        self._floats: set[str] = set()
+        self._stands_for: dict[ir.Value, tuple[ir.Value, float, float]] = {}
 
     def decided(self) -> Iterator[Layer]:
         """The layers with a decision on their weight or input."""
@@ -204,6 +242,7 @@ class Lowering:
 
     def keep_float(self, layer: Layer, reason: str) -> None:
         """Take back the decisions on ``layer`` and say why in its metadata."""
+        self._floats.add(layer.name)
         spec.clear(layer.node)
         layer.node.metadata_props[graph.REASON] = reason
 
@@ -244,7 +283,7 @@ class Lowering:
                 found = None if use is None else activation_range(self.model, use.value)
                 if use is None or use.spec is None or found is None or not use.spec.range:
                     continue
-                use.read_from(self.pair(use.value, grid_for(use.spec, found)))
+                self.pair_for(use, grid_for(use.spec, found))
                 self.input_grids[layer.node] = self._grids[use.value]
                 count += 1
         return count
@@ -385,8 +424,33 @@ class Lowering:
             self._grids[self._pairs[key]] = grid
         return self._pairs[key]
 
+    def stands_for(
+        self, new: ir.Value, old: ir.Value, middle: float = 0.0, factor: float = 1.0
+    ) -> None:
+        """Say that ``new``, a value of a rule, is ``(old - middle) * factor``."""
+        self._stands_for[new] = old, middle, factor
+
+    def _rounding(self, value: ir.Value, grid: Grid) -> Rounding:
+        """How a pair on ``grid`` behind ``value`` rounds what the graph had there."""
+        value, middle, factor = self._stands_for.get(value, (value, 0.0, 1.0))
+        scale = (grid.scale / np.float32(abs(factor))).astype(np.float32)
+        owner = range_owner(self.model, value)
+        name = (value if owner is None else owner).name or ""
+        return Rounding(name, dataclasses.replace(grid, scale=scale), middle)
+
+    def roundings(self) -> Roundings:
+        """Where the rules so far round activations."""
+        return Roundings(self._uses, self._values, frozenset(self._floats))
+
+    def pair_for(self, use: Use, grid: Grid) -> None:
+        """Make ``use`` read what it reads through a pair."""
+        self._uses[use.node.name or "", use.index] = self._rounding(use.value, grid)
+        use.read_from(self.pair(use.value, grid))
+
     def pair_for_all(self, value: ir.Value, grid: Grid) -> None:
         """Make every reader of ``value``, and the graph output that it may be, read the pair."""
+        if value.name:
+            self._values[value.name] = self._rounding(value, grid)
         dequantized = self.pair(value, grid)
         dequantize = dequantized.producer()
         assert dequantize is not None and dequantize.inputs[0] is not None
@@ -428,13 +492,19 @@ def activation_range(model: ir.Model, value: ir.Value) -> tuple[float, float] | 
 
     A value and its moved copy then share one grid, and the runtime can move the integers.
     """
+    owner = range_owner(model, value)
+    return None if owner is None else graph.range_of(model, owner)
+
+
+def range_owner(model: ir.Model, value: ir.Value) -> ir.Value | None:
+    """The value whose range is that of ``value``, see ``activation_range``; None without one."""
     node = value.producer()
     while node is not None and node.op_type in MOVES and node.inputs[0] is not None:
         if graph.range_of(model, node.inputs[0]) is None:
             break
         value = node.inputs[0]
         node = value.producer()
-    return graph.range_of(model, value)
+    return None if graph.range_of(model, value) is None else value
 
 
 MOVES = frozenset(["MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"])

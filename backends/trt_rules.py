@@ -121,6 +121,7 @@ def centre(low: Lowering) -> int:
                 low.model, "Sub", [x, constant], output=f"{x.name}/centred", behind=x, like=x
             )
             graph.set_range(low.model, centred, found[0] - middle, found[1] - middle)
+            low.stands_for(centred, x, middle)
             moved[x] = centred, middle
         _add_to_bias(low, layer, moved[x][1])
         entered.read_from(moved[x][0])
@@ -186,6 +187,7 @@ def attention_scale(low: Lowering) -> int:
         found = activation_range(low.model, queries)
         assert found is not None  # keep-float saw to it
         graph.set_range(low.model, scaled, *sorted(end * factor for end in found))
+        low.stands_for(scaled, queries, factor=factor)
         layer.input.read_from(scaled)
         graph.redirect(low.model, node.outputs[0], scores, keep=lambda _: False)
         low.model.graph.remove(node, safe=True)
@@ -245,7 +247,7 @@ def residual(low: Lowering) -> int:
         identity = sides[0] if behind[-1].index == 1 else sides[1]
         found = activation_range(low.model, identity.value)
         if found is not None and low.grid_of(identity.value) is None:
-            identity.read_from(low.pair(identity.value, symmetric(*found)))
+            low.pair_for(identity, symmetric(*found))
             count += 1
     return count
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import scipy.linalg
 
-from qcompile import decisions, graph, numerics, patches
+from qcompile import decisions, graph, patches
 from qcompile.calibrate import GRAM_BYTES, LARGEST_GRAM, Gram
 from qcompile.errors import PassError
 from qcompile.graph import Layer
@@ -72,11 +72,11 @@ class Gptq(Pass):
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         excluded = {layer.node for layer in graph.select(model, self.exclude, "exclude")}
         decided = [layer for layer in graph.layers(model) if layer.weight.spec is not None]
-        chosen = [layer for layer in decided if layer.node not in excluded and _fits(layer)]
+        chosen = [layer for layer in decided if layer.node not in excluded and fits(layer)]
         shared: dict[tuple[ir.Value, TensorSpec | None], list[Layer]] = {}
         for layer in chosen:
             shared.setdefault((layer.weight.value, layer.weight.spec), []).append(layer)
-        fit = functools.partial(_fit, damping=self.damping)
+        fit = functools.partial(fitted, damping=self.damping)
         rows = nearest = 0
         for part in _portions(list(shared.values())):
             layers = [layer for readers in part for layer in readers]
@@ -84,7 +84,7 @@ class Gptq(Pass):
             jobs = (_job(model, readers, grams) for readers in part)
             done = ctx.map(fit, jobs, "gptq", len(part))
             for readers, (codes, kept) in zip(part, done, strict=True):
-                _write(model, readers, codes)
+                decisions.write_codes(model, readers, patches.from_matrix(readers[0], codes))
                 nearest += kept
                 rows += codes.shape[0] * codes.shape[1]
         return {
@@ -95,7 +95,8 @@ class Gptq(Pass):
         }
 
 
-def _fits(layer: Layer) -> bool:
+def fits(layer: Layer) -> bool:
+    """Whether the codes of the weight of ``layer`` can be fitted."""
     kind = patches.of(layer)
     decided = layer.weight.spec
     small = kind is not None and kind.columns <= LARGEST_GRAM
@@ -119,7 +120,7 @@ def _portions(shared: Sequence[list[Layer]]) -> Iterator[list[list[Layer]]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
+class Job:
     """``weight`` and ``scale`` [groups, N, K], ``gram`` [groups, K, K], of a grid low to high."""
 
     weight: Floats
@@ -129,34 +130,26 @@ class _Job:
     high: int
 
 
-def _job(model: ir.Model, readers: Sequence[Layer], grams: Mapping[str, Gram]) -> _Job:
-    layer = readers[0]
+def _job(model: ir.Model, readers: Sequence[Layer], grams: Mapping[str, Gram]) -> Job:
+    gram = sum((grams[reader.name].matrix for reader in readers), np.float64(0))
+    seen = sum(grams[reader.name].rows for reader in readers)
+    gram = np.asarray(gram, np.float64).reshape(-1, *grams[readers[0].name].matrix.shape[-2:])
+    return job(model, readers[0], gram / max(seen, 1))
+
+
+def job(model: ir.Model, layer: Layer, gram: Doubles) -> Job:
+    """What there is to fit of ``layer``, with ``gram`` [groups, K, K] a row."""
     assert layer.weight.spec is not None
     weight = graph.finite_weight(layer).astype(np.float32, copy=False)
     grid = decisions.grid(model, layer.weight.spec, layer.weight.value.dtype)
     scale, _ = grid.each(weight.shape)
-    gram = sum((grams[reader.name].matrix for reader in readers), np.float64(0))
-    seen = sum(grams[reader.name].rows for reader in readers)
-    gram = np.asarray(gram, np.float64).reshape(-1, *grams[layer.name].matrix.shape[-2:])
-    return _Job(
-        patches.to_matrix(layer, weight), patches.to_matrix(layer, scale), gram / max(seen, 1),
+    return Job(
+        patches.to_matrix(layer, weight), patches.to_matrix(layer, scale), gram,
         grid.format.low, grid.format.high,
     )  # fmt: skip
 
 
-def _write(model: ir.Model, readers: Sequence[Layer], codes: Codes) -> None:
-    value, decided = readers[0].weight.value, readers[0].weight.spec
-    assert decided is not None
-    shaped = np.ascontiguousarray(patches.from_matrix(readers[0], codes))
-    form = numerics.parse_format(decided.format)
-    added = graph.add_constant(
-        model, f"{value.name}/fitted", numerics.pack(shaped, form.stored, "")
-    )
-    for layer in readers:
-        layer.weight.decide(dataclasses.replace(decided, codes=added.name or ""))
-
-
-def _fit(job: _Job, damping: float) -> tuple[Codes, int]:
+def fitted(job: Job, damping: float) -> tuple[Codes, int]:
     """Codes [groups, N, K], and how many rows are rounded to the nearest."""
     weight, scale = job.weight.astype(np.float64), job.scale.astype(np.float64)
     nearest = np.clip(np.rint(weight / scale), job.low, job.high)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompile import graph, halves, numerics
+from qcompile.graph import Layer
 from qcompile.numerics import Codes, Floats, Grid
 from qcompile.spec import TensorSpec
 
@@ -40,6 +42,17 @@ def codes(model: ir.Model, weight: ir.Value, decided: TensorSpec) -> Codes:
 def rounded(model: ir.Model, weight: ir.Value, decided: TensorSpec) -> Floats:
     """The values that the codes of ``weight`` stand for."""
     return grid(model, decided, weight.dtype).dequantize(codes(model, weight, decided))
+
+
+def write_codes(model: ir.Model, layers: Sequence[Layer], codes: Codes) -> None:
+    """Write fitted ``codes``, in the shape of the weight that ``layers`` share, beside it."""
+    value, decided = layers[0].weight.value, layers[0].weight.spec
+    assert decided is not None
+    form = numerics.parse_format(decided.format)
+    packed = numerics.pack(np.ascontiguousarray(codes), form.stored, "")
+    added = graph.add_constant(model, f"{value.name}/fitted", packed)
+    for layer in layers:
+        layer.weight.decide(dataclasses.replace(decided, codes=added.name or ""))
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:

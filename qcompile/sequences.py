@@ -66,6 +66,11 @@ class Samples(Sequence[Sample]):
         behind = starts[number + 1 : number + 2]
         return self[first : self._numbers.index(behind[0]) if behind else len(self)]
 
+    def spans(self) -> list[range]:
+        """The numbers of the frames of each sequence."""
+        starts = [self._numbers.index(n) for n in self._starts if n in self._numbers]
+        return [range(a, b) for a, b in zip(starts, [*starts[1:], len(self)], strict=True)]
+
     def split(self, last: int) -> tuple[Samples, Samples]:
         """All but the ``last`` sequences, and those."""
         starts = [number for number in self._starts if number in self._numbers]

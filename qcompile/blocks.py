@@ -1,0 +1,243 @@
+"""The parts of a graph that are fitted one after the other.
+
+A block is a set of nodes that reads what blocks before it write. Its bounds are where a network is
+narrow: residual blocks, branches that come together again, the modules that an exporter left in
+the names of nodes. What carries a state from run to run is never cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import networkx as nx
+import onnx_ir as ir
+from networkx.utils import UnionFind
+
+from qcompile import graph
+from qcompile.graph import Layer
+
+Granularity = Literal["layer", "block"]
+
+# Layers in a region that is still taken as one block. A residual block or a layer of a transformer
+# has two to ten; what is larger is a skip over half of the network, whose inside is divided.
+MOST_LAYERS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Nodes, in the order of the graph, that are run and fitted together.
+
+    ``inputs`` are what they read of other blocks, and inputs of the graph; ``outputs`` what other
+    blocks read or the graph returns. What depends on no layer (masks, positions, shapes) belongs
+    to no block: each block computes anew what it needs of that, from the inputs of the graph.
+    """
+
+    name: str
+    nodes: tuple[ir.Node, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers in it."""
+        found = (graph.layer_of(node) for node in self.nodes)
+        return [layer for layer in found if layer is not None]
+
+
+def partition(
+    model: ir.Model,
+    state: Mapping[str, str] | None = None,
+    granularity: Granularity = "block",
+    most: int = MOST_LAYERS,
+) -> list[Block]:
+    """The blocks of the main graph, each behind those that it reads from.
+
+    With ``block``: (1) the nodes between a join (a node that reads two values which depend on
+    layers) and its immediate dominator are one block, if there are at most ``most`` layers in it;
+    (2) nodes of one numbered module (``layers.3``) are one block, likewise. With ``layer`` each
+    layer is one. What is no layer goes to the block that it reads from, or else to the one that
+    reads it. Blocks that need each other's outputs, in one run or over ``state`` in the next, are
+    one, however many layers are on a path from the input of a state to its output.
+    """
+    flow = _flow(model)
+    together: Any = UnionFind(flow)  # untyped
+    if granularity == "block":
+        for region in _modules(flow, most):
+            together.union(*region)
+        for region in _joined(flow, most):
+            together.union(*region)
+    _attach(flow, together)
+    readers = _readers(model)
+    edges = [*flow.edges, *_carried(model, flow, readers, state or {})]
+    parts = [set(part) for part in together.to_sets()]
+    return [_block(flow, readers, nodes) for nodes in _ordered(flow, parts, edges)]
+
+
+def _flow(model: ir.Model) -> nx.DiGraph[ir.Node]:
+    """The nodes that are layers or depend on one, in the order of the graph; an edge to a reader.
+
+    What the bodies of a node read counts as read by the node.
+    """
+    flow: nx.DiGraph[ir.Node] = nx.DiGraph()
+    for node in model.graph:
+        before = [p for p in map(ir.Value.producer, _read(node)) if p in flow]
+        if before or graph.layer_of(node) is not None:
+            flow.add_node(node)
+            flow.add_edges_from((p, node) for p in before if p is not None)
+    return flow
+
+
+def _read(node: ir.Node) -> Iterator[ir.Value]:
+    for reader in (node, *graph.inside(node)):
+        yield from (value for value in reader.inputs if value is not None)
+
+
+def _size(nodes: Iterable[ir.Node]) -> int:
+    return sum(graph.layer_of(node) is not None for node in nodes)
+
+
+def _joined(flow: nx.DiGraph[ir.Node], most: int) -> Iterator[set[ir.Node]]:
+    """For each join the nodes behind its immediate dominator, of at most ``most`` layers."""
+    library: Any = nx  # partly untyped
+    rooted: Any = library.DiGraph(flow)
+    entry = "entry"  # stands in front of all that reads no other node
+    rooted.add_edges_from((entry, node) for node in flow if not flow.in_degree(node))
+    above: Mapping[ir.Node, ir.Node | str] = library.immediate_dominators(rooted, entry)
+    for join in flow:
+        if flow.in_degree(join) < 2:
+            continue
+        region, waiting = {join}, [join]
+        while waiting and _size(region) <= most:
+            before = {n for n in flow.predecessors(waiting.pop()) if n is not above[join]}
+            waiting += before - region
+            region |= before
+        if _size(region) <= most:
+            yield region
+
+
+def _modules(flow: nx.DiGraph[ir.Node], most: int) -> Iterator[list[ir.Node]]:
+    """The nodes of each numbered module, where there are at most ``most`` layers in it."""
+    members: dict[str, list[ir.Node]] = {}
+    for node in flow:
+        module = _module(node.name or "")
+        if module:
+            members.setdefault(module, []).append(node)
+    for nodes in members.values():
+        if _size(nodes) <= most and nx.is_weakly_connected(flow.subgraph(nodes)):
+            yield nodes
+
+
+def _module(name: str) -> str:
+    """The path of the outermost numbered module of a node: ``layers.3`` of ``layers.3.fc/Gemm``."""
+    path, _, _ = name.strip("/").rpartition("/")
+    found = re.match(r"(.*?[./_]\d+)(?=[./]|$)", path)
+    return found[1] if found else ""
+
+
+def _carried(
+    model: ir.Model,
+    flow: nx.DiGraph[ir.Node],
+    readers: Mapping[ir.Value, set[ir.Node]],
+    state: Mapping[str, str],
+) -> Iterator[tuple[ir.Node, ir.Node]]:
+    """From what gives a state to each node that takes it one run later, through what is no part."""
+    entered = {value.name: value for value in model.graph.inputs}
+    given = {value.name: value for value in model.graph.outputs}
+    for taken, name in state.items():
+        producer, behind = given[name].producer(), set(readers.get(entered[taken], ()))
+        for node in model.graph:
+            if node in behind and node not in flow:
+                behind.update(*(readers.get(value, ()) for value in node.outputs))
+        if producer is not None and producer in flow:
+            yield from ((producer, node) for node in behind if node in flow)
+
+
+def _readers(model: ir.Model) -> Mapping[ir.Value, set[ir.Node]]:
+    """The nodes of the main graph that read each value, themselves or in a body."""
+    found: dict[ir.Value, set[ir.Node]] = {}
+    for node in model.graph:
+        for value in _read(node):
+            found.setdefault(value, set()).add(node)
+    return found
+
+
+def _attach(flow: nx.DiGraph[ir.Node], together: Any) -> None:
+    """Put parts without a layer to what they read from, or else to their reader, if it is one."""
+    parts = [part for part in map(set, together.to_sets()) if not _size(part)]
+    place = {node: index for index, node in enumerate(flow)}
+    parts.sort(key=lambda part: min(place[node] for node in part))
+    left: list[set[ir.Node]] = []
+    for part in parts:
+        sources = {together[n] for node in part for n in flow.predecessors(node) if n not in part}
+        if len(sources) == 1:
+            together.union(sources.pop(), *part)
+        else:
+            left.append(part)
+    for part in reversed(left):
+        targets = {together[n] for node in part for n in flow.successors(node) if n not in part}
+        if len(targets) == 1:
+            together.union(targets.pop(), *part)
+
+
+def _ordered(
+    flow: nx.DiGraph[ir.Node],
+    parts: Sequence[set[ir.Node]],
+    edges: Iterable[tuple[ir.Node, ir.Node]],
+) -> Iterator[set[ir.Node]]:
+    """``parts``, those on a cycle of ``edges`` as one, behind what they read."""
+    of = {node: index for index, part in enumerate(parts) for node in part}
+    place = {node: index for index, node in enumerate(flow)}
+    between: nx.DiGraph[int] = nx.DiGraph()
+    between.add_nodes_from(range(len(parts)))
+    between.add_edges_from((of[a], of[b]) for a, b in edges if of[a] != of[b])
+    library: Any = nx  # partly untyped
+    whole = library.condensation(between)
+    nodes: dict[int, set[ir.Node]] = {
+        number: {node for index in _members(whole, number) for node in parts[index]}
+        for number in whole
+    }
+    first = {number: min(place[node] for node in part) for number, part in nodes.items()}
+    for number in library.lexicographical_topological_sort(whole, key=first.__getitem__):
+        yield nodes[number]
+
+
+def _members(condensed: Any, number: int) -> set[int]:
+    return condensed.nodes[number]["members"]
+
+
+def _block(
+    flow: nx.DiGraph[ir.Node], readers: Mapping[ir.Value, set[ir.Node]], nodes: set[ir.Node]
+) -> Block:
+    ordered = tuple(node for node in flow if node in nodes)
+    inputs: dict[str, None] = {}
+    waiting = [value for node in reversed(ordered) for value in reversed(list(_read(node)))]
+    seen: set[ir.Value] = set()
+    while waiting:
+        value = waiting.pop()
+        producer = value.producer()
+        if value in seen or producer in nodes:
+            continue
+        seen.add(value)
+        if producer in flow or (value.is_graph_input() and value.graph is ordered[0].graph):
+            inputs[value.name or ""] = None
+        elif producer is not None and producer.graph is ordered[0].graph:  # depends on no layer
+            waiting += _read(producer)
+    outputs = [
+        value.name or ""
+        for node in ordered
+        for value in node.outputs
+        if value.is_graph_output() or readers.get(value, set()) - nodes
+    ]
+    return Block(_called(ordered), ordered, tuple(inputs), tuple(outputs))
+
+
+def _called(nodes: Sequence[ir.Node]) -> str:
+    """The module that all of ``nodes`` are in, or the name of the first layer, or node."""
+    modules = {_module(node.name or "") for node in nodes}
+    if len(modules) == 1 and (module := modules.pop()):
+        return module
+    layers = [node for node in nodes if graph.layer_of(node) is not None]
+    return (layers or list(nodes))[0].name or ""

@@ -1,0 +1,153 @@
+"""A decided model as a torch function: what its target rounds, and what fits have found so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from qcompile import decisions, graph, rounding
+from qcompile.backends.base import Rounding, Roundings, Target
+from qcompile.blocks import Block
+from qcompile.graph import Layer
+from qcompile.numerics import Codes
+
+Map = Callable[[Tensor], Tensor]
+# By node and index of an input, and by value: what TorchGraph takes.
+Maps = tuple[dict[tuple[str, int], Map], dict[str, Map]]
+# Gives some of the elements of what was rounded, the second, back to what it was, the first.
+Spare = Callable[[Tensor, Tensor], Tensor]
+# A weight with its decision: value, and name of its scale.
+Key = tuple[str, str]
+
+
+class Quantized:
+    """A decided model as a target rounds it, and what fits have found so far.
+
+    ``codes`` are those of weights by key, ``factors`` those that ranges are to be multiplied with
+    by the name of the value that owns the range.
+    """
+
+    def __init__(self, model: ir.Model, target: Target, device: str = "cpu") -> None:
+        self.model = model
+        self.device = device
+        self.roundings: Roundings = target.roundings(model)
+        self.codes: dict[Key, Codes] = {}
+        self.factors: dict[str, float] = {}
+        self._read: dict[tuple[str, int], str] = {
+            (node.name or "", index): value.name or ""
+            for node in model.graph
+            for index, value in enumerate(node.inputs)
+            if value is not None
+        }
+
+    def layers(self, block: Block) -> list[Layer]:
+        """The layers of ``block`` whose weights the target stores in codes."""
+        return [
+            layer
+            for layer in block.layers
+            if layer.weight.spec is not None
+            and layer.kind != "attention"
+            and layer.name not in self.roundings.floats
+        ]
+
+    def key(self, layer: Layer) -> Key:
+        """By which the codes of a weight are kept; layers that share weight and grid share them."""
+        assert layer.weight.spec is not None
+        return layer.weight.value.name or "", layer.weight.spec.scale
+
+    def codes_of(self, layer: Layer) -> Codes:
+        """The codes of the weight of ``layer``: fitted here, before, or rounded to the nearest."""
+        found = self.codes.get(self.key(layer))
+        if found is not None:
+            return found
+        assert layer.weight.spec is not None
+        return decisions.codes(self.model, layer.weight.value, layer.weight.spec)
+
+    def weight(self, layer: Layer) -> rounding.Weight:
+        """The weight of ``layer`` with logits to fit."""
+        decided = layer.weight.spec
+        assert decided is not None
+        array = graph.finite_weight(layer).astype(np.float32, copy=False)
+        grid = decisions.grid(self.model, decided, layer.weight.value.dtype)
+        scale, _ = grid.each(array.shape)
+        low, high = grid.format.low, grid.format.high
+        return rounding.Weight(array, scale, self.codes_of(layer), low, high, self.device)
+
+    def owners(self, block: Block) -> list[str]:
+        """The values that own the ranges of what is rounded in ``block``."""
+        names = [r.value for place, r in self.roundings.uses.items() if place[0] in _names(block)]
+        written = {v.name for node in block.nodes for v in node.outputs}
+        names += [r.value for name, r in self.roundings.values.items() if name in written]
+        return list(dict.fromkeys(names))
+
+    def maps(
+        self,
+        block: Block,
+        weights: Mapping[Key, Callable[[], Tensor]] | None = None,
+        factors: Mapping[str, Tensor] | None = None,
+        spare: Spare | None = None,
+    ) -> Maps:
+        """What rounds in ``block``: at uses, and behind values (see TorchGraph).
+
+        ``weights`` and ``factors`` (logarithms) stand for what is being fitted; ``spare(x, y)``
+        gives some of the elements of rounded ``y`` back to ``x``.
+        """
+        at: dict[tuple[str, int], Map] = {}
+        after: dict[str, Map] = {}
+        for layer in self.layers(block):
+            place = (layer.weight.node.name or "", layer.weight.index)
+            soft = (weights or {}).get(self.key(layer))
+            at[place] = _given(self._hard(layer) if soft is None else soft)
+        for place, found in self.roundings.uses.items():
+            if place[0] in _names(block) and place not in at:
+                behind = self.roundings.values.get(self._read[place])
+                if behind is None or behind.value != found.value:
+                    at[place] = self._activation(found, factors, spare)
+        written = {v.name for node in block.nodes for v in node.outputs}
+        for name, found in self.roundings.values.items():
+            if name in written:
+                after[name] = self._activation(found, factors, spare)
+        return at, after
+
+    def write(self) -> None:
+        """Write the codes and ranges that were found into the model."""
+        for layer in graph.layers(self.model):
+            if layer.weight.spec is not None and self.key(layer) in self.codes:
+                decisions.write_codes(self.model, [layer], self.codes[self.key(layer)])
+        for value in graph.values(self.model):
+            found = graph.range_of(self.model, value)
+            factor = self.factors.get(value.name or "", 1.0)
+            if found is not None and factor != 1.0:
+                graph.set_range(self.model, value, found[0] * factor, found[1] * factor)
+        graph.remove_dead(self.model)
+
+    def _hard(self, layer: Layer) -> Callable[[], Tensor]:
+        decided = layer.weight.spec
+        assert decided is not None
+        grid = decisions.grid(self.model, decided, layer.weight.value.dtype)
+        found = rounding.tensor(grid.dequantize(self.codes_of(layer)), self.device)
+        return lambda: found
+
+    def _activation(
+        self,
+        found: Rounding,
+        factors: Mapping[str, Tensor] | None,
+        spare: Spare | None,
+    ) -> Map:
+        log = (factors or {}).get(found.value)
+        if log is None:
+            log = torch.tensor(float(np.log(self.factors.get(found.value, 1.0))))
+        rounded = rounding.Activation(found.grid, found.middle, log.to(self.device))
+        return rounded if spare is None else lambda x: spare(x, rounded(x))
+
+
+def _names(block: Block) -> frozenset[str]:
+    return frozenset(node.name or "" for node in block.nodes)
+
+
+def _given(make: Callable[[], Tensor]) -> Map:
+    return lambda _: make()

@@ -1,0 +1,327 @@
+"""Fits what a quantized model rounds with to what the float model computes, block after block.
+
+One engine. What differs between methods is said by ``Settings``: what a block reads (the float
+trajectory, the quantized one, or a mix), what it should give (the float trajectory, or the float
+block of what it read), which parameters move (rounding of weights, ranges of activations), and how
+errors are weighed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qcompile import rounding
+from qcompile.blocks import Block
+from qcompile.prefix import Prefix, Tensors
+from qcompile.quantized import Key, Maps, Spare
+from qcompile.sequences import Sample
+from qcompile.torch_exec import TorchGraph
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a block is fitted.
+
+    * ``steps``, ``batch``: steps of Adam, and samples (runs of frames, if the block has a state) in
+      each.
+    * ``mix``: the share of elements that a block reads from the float trajectory, and that it
+      leaves unrounded inside, drawn anew in each step (QDrop, Wei et al., arXiv 2203.05740).
+    * ``prefix``: whether a block reads the quantized trajectory at all, or the float one alone.
+    * ``target``: the float trajectory, or the float block of what it read.
+    * ``weights``, ``ranges``: what moves. ``weight_rate`` and ``range_rate`` of Adam; that of the
+      logarithm of a range falls to 0 along half a cosine.
+    * ``decide``: what the mean over the weights of ``1 - |2 h - 1| ** b`` counts beside the
+      relative error, in the last 80 % of the steps, with ``b`` falling from 20 to 2 (AdaRound).
+    * ``frames``: the most frames in a row that a step goes through.
+    """
+
+    steps: int = 500
+    batch: int = 16
+    mix: float = 0.5
+    prefix: bool = True
+    target: Literal["float", "recomputed"] = "float"
+    weights: bool = True
+    ranges: bool = True
+    weight_rate: float = 0.01
+    range_rate: float = 0.001
+    decide: float = 0.1
+    frames: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What became of a block: its relative error on the samples apart, before and after its fit.
+
+    The power of the error over that of the float output, the mean over outputs. ``kept`` is false
+    where the fit made it worse and was dropped.
+    """
+
+    block: str
+    before: float
+    after: float
+    kept: bool
+
+
+class Engine:
+    """Fits the blocks of a quantized model one after the other.
+
+    Args:
+        prefix: the model and its samples: what to fit on, and behind it what decides whether a fit
+            is kept.
+        apart: how many of the last sequences of the samples decide.
+        settings: how.
+        rng: randomness by key.
+    """
+
+    def __init__(
+        self,
+        prefix: Prefix,
+        apart: int,
+        settings: Settings,
+        rng: Callable[[str], np.random.Generator],
+    ) -> None:
+        self.prefix = prefix
+        self.settings = settings
+        self.rng = rng
+        fit, kept = prefix.samples.split(apart)
+        self.fit = range(len(fit))
+        self.apart = range(len(fit), len(fit) + len(kept))
+
+    def step(self, number: int) -> Fitted | None:
+        """Fit block ``number`` and run it; None if it has nothing to fit."""
+        part = self.prefix.enter(number)
+        done = _Fit(self, part, self.prefix.blocks[number]).run()
+        self.prefix.leave(number, part)
+        return done
+
+
+# Numbers of samples, the frames of a sequence in a row.
+Window = Sequence[int]
+
+
+class _Fit:
+    """The fit of one block."""
+
+    def __init__(self, engine: Engine, part: TorchGraph, block: Block) -> None:
+        self._engine = engine
+        self._settings = engine.settings
+        self._prefix = engine.prefix
+        self._quantized = engine.prefix.quantized
+        self._part = part
+        self._block = block
+        state = engine.prefix.samples.state
+        self._state = {taken: state[taken] for taken in block.inputs if taken in state}
+        floats = engine.prefix.float
+        self._outputs = [name for name in block.outputs if floats.value(name, 0).dtype.kind == "f"]
+
+    def run(self) -> Fitted | None:
+        """Fit what the settings say, and keep it if that is no worse on the samples apart."""
+        quantized, settings = self._quantized, self._settings
+        layers = quantized.layers(self._block) if settings.weights else []
+        weights = {
+            quantized.key(layer): quantized.weight(layer)
+            for layer in layers
+            if quantized.key(layer) not in quantized.codes
+        }
+        owners = quantized.owners(self._block) if settings.ranges else []
+        factors = {
+            value: torch.zeros((), device=quantized.device, requires_grad=True)
+            for value in owners
+            if value not in quantized.factors
+        }
+        if not self._outputs or not (weights or factors):
+            return None
+        before = self._error()
+        self._descend(weights, factors)
+        quantized.codes |= {key: weight.codes() for key, weight in weights.items()}
+        quantized.factors |= {v: float(torch.exp(log.detach())) for v, log in factors.items()}
+        after = self._error()
+        kept = after <= before  # which it is not if it is NaN
+        if not kept:
+            for key in weights:
+                del quantized.codes[key]
+            for value in factors:
+                del quantized.factors[value]
+        return Fitted(self._block.name, before, after, kept)
+
+    def _descend(
+        self, weights: Mapping[Key, rounding.Weight], factors: Mapping[str, Tensor]
+    ) -> None:
+        settings = self._settings
+        rng = self._engine.rng(f"reconstruct {self._block.name}")
+        drop = torch.Generator(self._quantized.device)
+        drop.manual_seed(int(rng.integers(1 << 62)))
+
+        def spare(x: Tensor, y: Tensor) -> Tensor:
+            left = torch.rand(x.shape, generator=drop, device=x.device) < settings.mix
+            return torch.where(left, x, y)
+
+        logits = [weight.logits for weight in weights.values()]
+        elements = sum(map(torch.numel, logits))
+        adam: Any = torch.optim.Adam(  # partly untyped
+            [
+                {"params": list(factors.values()), "lr": settings.range_rate},
+                {"params": logits, "lr": settings.weight_rate},
+            ]
+        )
+        soft = {key: weight.soft for key, weight in weights.items()}
+        maps = self._quantized.maps(self._block, soft, factors, spare if settings.mix else None)
+        joined = self._may_be_joined()
+        warm = settings.steps // 5
+        for step, windows in enumerate(self._drawn(rng)):
+            fall = rounding.cosine(step / settings.steps)
+            adam.param_groups[0]["lr"] = settings.range_rate * fall
+            adam.zero_grad()
+            for group in _alike(windows, self._shapes) if joined else [[w] for w in windows]:
+                loss = self._loss(group, maps, spare if settings.mix else None)
+                _add_gradient(loss * len(group) / len(windows))
+            if weights and step >= warm:
+                exponent = 2 + 18 * rounding.cosine((step - warm) / (settings.steps - warm))
+                for weight in weights.values():
+                    share = settings.decide * weight.logits.numel() / elements
+                    _add_gradient(share * weight.undecided(exponent))
+            adam.step()
+
+    def _drawn(self, rng: np.random.Generator) -> Iterator[list[Window]]:
+        """The windows of each step, in a new order in each round through all of them."""
+        windows = self._windows(self._engine.fit)
+        batch = min(self._settings.batch, len(windows))
+        order: list[int] = []
+        for _ in range(self._settings.steps):
+            if len(order) < batch:
+                order += rng.permutation(len(windows)).tolist()
+            yield [windows[index] for index in order[:batch]]
+            del order[:batch]
+
+    def _windows(self, numbers: range) -> list[Window]:
+        if not self._state:
+            return [[number] for number in numbers]
+        long = self._settings.frames
+        spans = [s for s in self._prefix.samples.spans() if s.start in numbers]
+        return [span[at : at + long] for span in spans for at in range(0, len(span), long)]
+
+    def _loss(self, windows: Sequence[Window], maps: Maps, spare: Spare | None) -> Tensor:
+        """The mean relative error over outputs and frames of ``windows``, run as one batch."""
+        state: Tensors = {}
+        losses: list[Tensor] = []
+        for numbers in zip(*windows, strict=True):
+            feeds = self._read(numbers, spare) | state
+            found = self._part(feeds, *maps)
+            losses += [
+                noise / torch.clamp(power, min=1e-30)
+                for noise, power in self._powers(found, self._wanted(numbers, feeds), numbers)
+            ]
+            state = {taken: found[given] for taken, given in self._state.items()}
+        return torch.stack(losses).mean()
+
+    def _error(self) -> float:
+        """The relative error of the block as it is rounded now, on the samples apart."""
+        maps = self._quantized.maps(self._block)
+        noises = dict.fromkeys(self._outputs, 0.0)
+        powers = dict.fromkeys(self._outputs, 0.0)
+        with torch.no_grad():
+            spans = [s for s in self._prefix.samples.spans() if s.start in self._engine.apart]
+            for span in spans if self._state else [[n] for n in self._engine.apart]:
+                state: Tensors = {}
+                for number in span:
+                    found = self._part(self._read([number], None, mixed=False) | state, *maps)
+                    each = self._powers(found, self._float([number]), [number])
+                    for name, (noise, power) in zip(self._outputs, each, strict=True):
+                        noises[name] += float(noise)
+                        powers[name] += float(power)
+                    state = {taken: found[given] for taken, given in self._state.items()}
+        return float(np.mean([noises[name] / max(powers[name], 1e-30) for name in self._outputs]))
+
+    def _read(self, numbers: Sequence[int], spare: Spare | None, mixed: bool = True) -> Tensors:
+        """What the block reads of samples, as one batch; states are those of the float model."""
+        prefix = self._prefix
+        given = self._joined([prefix.float.feeds(self._block.inputs, n) for n in numbers])
+        if mixed and not self._settings.prefix:
+            return given
+        rounded = self._joined([prefix.feeds(self._block, n) for n in numbers])
+        if spare is not None:
+            for name in rounded.keys() - prefix.entered:
+                if rounded[name].is_floating_point():
+                    rounded[name] = spare(given[name], rounded[name])
+        return rounded
+
+    def _wanted(self, numbers: Sequence[int], feeds: Tensors) -> Tensors:
+        if self._settings.target == "float":
+            return self._float(numbers)
+        with torch.no_grad():
+            return self._part(feeds)
+
+    def _float(self, numbers: Sequence[int]) -> Tensors:
+        value = self._prefix.float.value
+        return self._joined([{name: value(name, n) for name in self._outputs} for n in numbers])
+
+    def _powers(
+        self, found: Tensors, wanted: Tensors, numbers: Sequence[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The power of the error and of what is wanted, of each output, where positions count."""
+        for name in self._outputs:
+            noise, power = (found[name] - wanted[name]) ** 2, wanted[name] ** 2
+            if self._prefix.mask is not None and name in self._prefix.lined:
+                samples, mask = self._prefix.samples, self._prefix.mask
+                counted = self._joined([{mask: samples[n][mask]} for n in numbers])[mask]
+                counted = counted.to(noise).reshape(counted.shape + (1,) * (noise.dim() - 2))
+                noise, power = noise * counted, power * counted
+            yield noise.sum(), power.sum()
+
+    def _joined(self, samples: Sequence[Sample]) -> Tensors:
+        if len(samples) == 1:
+            return self._prefix.tensors(samples[0])
+        names = samples[0]
+        return self._prefix.tensors({n: np.concatenate([s[n] for s in samples]) for n in names})
+
+    def _shapes(self, window: Window) -> tuple[Any, ...]:
+        """What must be alike in windows that are run as one batch."""
+        feeds = self._prefix.float.feeds(self._block.inputs, window[0])
+        return len(window), *(array.shape for array in feeds.values())
+
+    def _may_be_joined(self) -> bool:
+        """Whether the block gives of two samples as one batch what it gives of each.
+
+        Tried, since a graph may say so nowhere: it has batches if the first axis is one.
+        """
+        windows = self._windows(self._engine.fit)
+        pairs = [g for g in _alike(windows, self._shapes) if len(g) > 1]
+        if not pairs or any(len(shape) == 0 for shape in self._shapes(pairs[0][0])[1:]):
+            return False
+        numbers = [window[0] for window in pairs[0][:2]]
+        feeds = [self._prefix.float.feeds(self._block.inputs, n) for n in numbers]
+        with torch.no_grad():
+            try:
+                whole = self._part(self._joined(feeds))
+            except Exception:
+                return False
+            each = [self._part(self._prefix.tensors(sample)) for sample in feeds]
+        return all(
+            all(part[name].dim() > 0 for part in each)
+            and whole[name].shape == (joined := torch.cat([part[name] for part in each])).shape
+            and torch.allclose(
+                whole[name], joined, rtol=1e-3, atol=1e-5 * float(joined.abs().max())
+            )
+            for name in self._block.outputs
+        )
+
+
+def _add_gradient(loss: Tensor) -> None:
+    library: Any = loss  # partly untyped
+    library.backward()
+
+
+def _alike(
+    windows: Iterable[Window], shapes: Callable[[Window], tuple[Any, ...]]
+) -> list[list[Window]]:
+    """``windows`` in groups of equal shapes, in the order in which they come first."""
+    groups: dict[tuple[Any, ...], list[Window]] = {}
+    for window in windows:
+        groups.setdefault(shapes(window), []).append(window)
+    return list(groups.values())

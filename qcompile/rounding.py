@@ -1,0 +1,128 @@
+"""Rounding as torch functions with a gradient, and the parameters that fits find.
+
+torch is imported here: only what fits by gradients imports this module.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qcompile.numerics import Codes, Floats, Grid
+
+# The stretch of the rectified sigmoid: AdaRound (Nagel et al., arXiv 2004.10568), equation 23.
+_GAMMA, _ZETA = -0.1, 1.1
+
+
+def tensor(array: npt.NDArray[Any], device: str) -> Tensor:
+    """``array`` on ``device``."""
+    library: Any = torch  # partly untyped
+    return library.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+def straight(x: Tensor) -> Tensor:
+    """``x`` rounded, ties to even; the gradient passes straight through."""
+    return x + (torch.round(x) - x).detach()
+
+
+class Activation:
+    """Rounds an activation on a grid whose range is ``exp(log_factor)`` times the calibrated one.
+
+    ``y = s clip(round((x - m) / s) + z, low, high) - s z + m`` with ``s`` and ``m`` the scale and
+    the middle times the factor: the gradient to the factor is that of LSQ (Esser et al., arXiv
+    1902.08153), whose scaling by the number of elements Adam does not see.
+    """
+
+    def __init__(self, grid: Grid, middle: float, log_factor: Tensor) -> None:
+        self._scale = float(grid.scale)
+        self._zero = int(grid.zero_point)
+        self._low, self._high = grid.format.low, grid.format.high
+        self._middle = middle
+        self._log_factor = log_factor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x`` of any shape, rounded."""
+        factor = torch.exp(self._log_factor)
+        scale, middle = self._scale * factor, self._middle * factor
+        codes = torch.clamp(straight((x - middle) / scale) + self._zero, self._low, self._high)
+        return (codes - self._zero) * scale + middle
+
+
+class Weight:
+    """A weight ``w`` that is rounded down or up as ``logits`` say, on steps of ``scale``.
+
+    Soft: ``s clip(floor(w / s) + h(V), low, high)`` with ``h(V) = clip(1.2 sigmoid(V) - 0.1, 0,
+    1)`` (AdaRound). Hard: ``h`` is 1 where ``V >= 0``, else 0. It starts where ``soft`` is ``w``
+    itself; where ``codes`` differ from the nearest, on their side of the middle.
+    """
+
+    def __init__(
+        self, weight: Floats, scale: Floats, codes: Codes, low: int, high: int, device: str
+    ) -> None:
+        units = weight.astype(np.float64) / scale
+        # Codes that moved by more than a step to make good for others stay one of the two.
+        base = np.where(codes > units, codes - 1, codes)
+        part = np.clip(units - base, 0.0, 1.0)
+        up = codes > base
+        part = np.where(up, np.maximum(part, 0.51), np.minimum(part, 0.49))
+        inner = np.clip((part - _GAMMA) / (_ZETA - _GAMMA), 1e-4, 1 - 1e-4)
+        self._scale = tensor(scale, device)
+        self._base = tensor(base.astype(np.float32), device)
+        self._low, self._high = low, high
+        logits = np.log(inner / (1 - inner)).astype(np.float32)
+        self.logits = tensor(logits, device).requires_grad_()
+
+    def part(self) -> Tensor:
+        """``h(V)``: 0 is down, 1 is up."""
+        return torch.clamp(torch.sigmoid(self.logits) * (_ZETA - _GAMMA) + _GAMMA, 0.0, 1.0)
+
+    def soft(self) -> Tensor:
+        """The weight with a gradient to the logits."""
+        return self._scale * torch.clamp(self._base + self.part(), self._low, self._high)
+
+    def undecided(self, exponent: float) -> Tensor:
+        """The mean of ``1 - |2 h - 1| ** exponent``: 0 where every element is down or up."""
+        return torch.mean(1 - torch.abs(2 * self.part() - 1) ** exponent)
+
+    def codes(self) -> Codes:
+        """The codes of the weight, hard."""
+        with torch.no_grad():
+            up = (self.logits >= 0).to(self._base.dtype)
+            found = torch.clamp(self._base + up, self._low, self._high)
+        return found.cpu().numpy().astype(np.int32)
+
+
+class Straight(Weight):
+    def __init__(self, weight, scale, codes, low, high, device):
+        units = weight.astype(np.float64) / scale
+        units = codes + np.clip(units - codes, -0.45, 0.45)
+        self._scale = tensor(scale, device)
+        self._low, self._high = low, high
+        self.logits = tensor(units.astype(np.float32), device).requires_grad_()
+
+    def soft(self):
+        return self._scale * torch.clamp(straight(self.logits), self._low, self._high)
+
+    def undecided(self, exponent):
+        return torch.mean(self.logits * 0)
+
+    def codes(self):
+        with torch.no_grad():
+            found = torch.clamp(torch.round(self.logits), self._low, self._high)
+        return found.cpu().numpy().astype(np.int32)
+
+
+import os
+
+if os.environ.get("STE"):
+    Weight = Straight  # type: ignore
+
+
+def cosine(progress: float) -> float:
+    """From 1 to 0 along half a cosine, for ``progress`` from 0 to 1."""
+    return 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,65 @@
+"""What a model computes of all samples, block after block.
+
+Values are kept in temporary files, and only as long as a later block reads them, so that memory is
+that of a few samples however many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy.typing as npt
+
+from qcompile.blocks import Block
+from qcompile.sequences import Sample, Samples
+from qcompile.spill import Spill
+
+Array = npt.NDArray[Any]
+
+
+class Trajectory:
+    """The values that blocks wrote so far, by name and number of the sample.
+
+    What carries a state reads in a later frame of a sequence what the frame before gave, of this
+    same trajectory, so that the error of a state is carried as well.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+        self._kept: dict[str, Spill] = {}
+
+    def feeds(self, names: Iterable[str], number: int) -> Sample:
+        """``names`` of sample ``number``: of the sample, of the frame before, or of a block."""
+        sample, state = self.samples[number], self.samples.state
+        found: Sample = {}
+        for name in names:
+            if name in sample:
+                found[name] = sample[name]
+            elif name in state:
+                found[name] = self.value(state[name], number - 1)
+            else:
+                found[name] = self.value(name, number)
+        return found
+
+    def value(self, name: str, number: int) -> Array:
+        """What a block wrote as ``name`` for sample ``number``."""
+        return self._kept[name][number][name]
+
+    def run(
+        self, block: Block, call: Callable[[Sample], Sample], swept: Iterable[int] | None = None
+    ) -> None:
+        """Keep the outputs that ``call`` makes of the inputs of ``block``, of every sample."""
+        kept = {name: Spill() for name in block.outputs}
+        self._kept |= kept  # now, because a frame may read the state that the frame before gave
+        for number in range(len(self.samples)) if swept is None else swept:
+            results = call(self.feeds(block.inputs, number))
+            for name, file in kept.items():
+                file.append({name: results[name]})
+
+    def release(self, behind: Sequence[Block], outputs: Iterable[str] = ()) -> None:
+        """Forget what none of the blocks ``behind`` reads and is not of ``outputs``."""
+        read = {name for block in behind for name in block.inputs} | set(outputs)
+        read |= {given for taken, given in self.samples.state.items() if taken in read}
+        for name in [name for name in self._kept if name not in read]:
+            self._kept.pop(name).close()
