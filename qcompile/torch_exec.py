@@ -67,6 +67,15 @@ def _reads(node: ir.Node) -> list[ir.Value]:
     return found
 
 
+def _numbers(nodes: Iterable[ir.Node]) -> Iterator[ir.Value]:
+    """What ``nodes`` read as numbers."""
+    for node in nodes:
+        host = OPERATORS[node.op_type].host if node.op_type in OPERATORS else frozenset[int]()
+        for index, value in enumerate(node.inputs):
+            if value is not None and index in host:
+                yield value
+
+
 def _is_constant(node: ir.Node) -> bool:
     """Whether a node is a Constant of numbers, not of text or sparse."""
     return node.op_type == "Constant" and bool(_NUMBERS & {*node.attributes})
@@ -138,8 +147,8 @@ class TorchGraph:
     Takes the nodes of the main graph that ``outputs`` need, back to ``inputs``, which may name any
     values. ``constants`` are copies, by value name, of the initializers and constants that these
     nodes and their bodies read; what the caller puts there is what is computed with, so that float
-    ones may be given a gradient or another type. Single numbers and lists of integers, of which
-    shapes are computed, are on the CPU, whatever ``device`` is.
+    ones may be given a gradient or another type. Single numbers, lists of integers, and what
+    operators read as numbers, such as a shape, are on the CPU, whatever ``device`` is.
 
     Raises PassError if an operator cannot be run, if a name is unknown, or if an input of the model
     is needed that is not among ``inputs``.
@@ -167,6 +176,7 @@ class TorchGraph:
                 f"torch cannot run the operators {', '.join(lacking)}; choose a subgraph without "
                 f"them"
             )
+        self._numbers = set(_numbers(_with_bodies(self.nodes)))
         self.constants: dict[str, Tensor] = {}
         self._held: list[ir.Value] = []
         self._hold(self.nodes, [*self._outputs.values()])
@@ -200,21 +210,19 @@ class TorchGraph:
         read = [v for node in nodes for v in node.inputs if v is not None]
         read += [v for node in nodes for body in _bodies(node) for v in body.outputs]
         for value in dict.fromkeys([*read, *more]):
-            if value in cut:
-                continue
-            tensor = _constant(value)
+            tensor = None if value in cut else _constant(value)
             if tensor is None:
                 continue
             name = value.name or ""
             if name in self.constants:
                 raise PassError(f"two constants are called {name!r}; capture the model first")
             self._held.append(value)
-            self.constants[name] = self._place(tensor)
+            self.constants[name] = self._place(value, tensor)
 
-    def _place(self, tensor: Tensor) -> Tensor:
-        """On the device, unless it is one number, or integers that are likely to be a shape."""
-        small = tensor.dim() == 0 or (tensor.dim() == 1 and not tensor.is_floating_point())
-        return tensor if small else tensor.to(self._device)
+    def _place(self, value: ir.Value, tensor: Tensor) -> Tensor:
+        """On the device, unless it is read as numbers or is likely to lead to a shape."""
+        number = tensor.dim() == 0 or (tensor.dim() == 1 and not tensor.is_floating_point())
+        return tensor if number or value in self._numbers else tensor.to(self._device)
 
     def _program(self, nodes: Iterable[ir.Node], kept: set[ir.Value]) -> list[_Step]:
         """The steps of a graph, which free everything but ``kept`` and the constants."""
@@ -250,7 +258,7 @@ class TorchGraph:
         for name, value in self._inputs.items():
             if name not in feeds:
                 raise PassError(f"the subgraph has an input {name!r}, for which there is no value")
-            values[value] = self._place(feeds[name])
+            values[value] = self._place(value, feeds[name])
         fed = frozenset(self._inputs.values())
         self._run(self._steps, _Scope(values, fed, at or {}, after or {}))
         return {name: values[value] for name, value in self._outputs.items()}

@@ -51,7 +51,7 @@ def identity(_: Call, x: Tensor) -> Tensor:
     return x
 
 
-@TABLE.entry("Dropout")
+@TABLE.entry("Dropout", host=(1, 2))
 def dropout(call: Call, x: Tensor, _: Tensor | None = None, training: Tensor | None = None):
     """Inference only: the input, and a mask that keeps everything."""
     if training is not None and bool(training):
