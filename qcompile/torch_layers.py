@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -31,7 +32,7 @@ _MEAN_POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A window over spatial axes: its kernel, steps, and the zeros around the input.
+    """A window over spatial axes: its kernel, steps, and how far it reaches around the input.
 
     ``extra`` is what ``ceil_mode`` adds behind the padding, so that the last window fits.
     """
@@ -53,14 +54,18 @@ class Window:
         pads = call.ints("pads") or [0] * (2 * rank)
         before, after = pads[:rank], pads[rank:]
         auto = call.text("auto_pad", "NOTSET")
+        pool = "Pool" in call.node.op_type
+        if auto.startswith("SAME") and pool and set(dilations) != {1}:
+            call.refuse(f"auto_pad {auto} with dilations")  # runtimes pad otherwise than ONNX says
         if auto == "VALID":
             before = after = [0] * rank
-        elif auto in ("SAME_UPPER", "SAME_LOWER"):
+        elif auto.startswith("SAME"):
             totals = [
-                max((-(-size // step) - 1) * step + span - size, 0)
+                (-(-size // step) - 1) * step + span - size
                 for size, step, span in zip(sizes, strides, spans, strict=True)
             ]
-            before, after = _halves(totals, auto)
+            # Windows with room between them let a pool skip what is before the first.
+            before, after = _halves(totals if pool else [max(t, 0) for t in totals], auto)
         extra = [0] * rank
         if call.int("ceil_mode", 0):
             for i, (size, step, span) in enumerate(zip(sizes, strides, spans, strict=True)):
@@ -73,8 +78,8 @@ class Window:
 
     @property
     def even(self) -> bool:
-        """Whether torch pads so by itself: as much before as after."""
-        return self.before == self.after and not any(self.extra)
+        """Whether torch pads so by itself: as much before as after, and nothing less."""
+        return self.before == self.after and not any(self.extra) and min(self.before) >= 0
 
     def pad(self, x: Tensor, value: float, extra: bool = True) -> Tensor:
         """``x`` with ``value`` around."""
@@ -87,9 +92,9 @@ class Window:
 
 
 def _halves(totals: Sequence[int], auto: str) -> tuple[list[int], list[int]]:
-    """Padding before and after; the odd one goes after for SAME_UPPER."""
-    small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
-    return (small, large) if auto == "SAME_UPPER" else (large, small)
+    """Padding before and after; the odd one goes before for SAME_LOWER."""
+    before = [int((total + (auto == "SAME_LOWER")) / 2) for total in totals]
+    return before, [total - first for total, first in zip(totals, before, strict=True)]
 
 
 @TABLE.entry("Conv")
@@ -123,13 +128,16 @@ def conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = 
     if auto == "VALID":
         before = after = [0] * rank
     elif auto.startswith("SAME") and wanted is None:
-        wanted = [size * step for size, step in zip(x.shape[2:], strides, strict=True)]
+        wanted = [
+            min(size * step, f + m)
+            for size, step, f, m in zip(x.shape[2:], strides, full, more, strict=True)
+        ]
     if wanted is None:
         wanted = [f + m - b - a for f, m, b, a in zip(full, more, before, after, strict=True)]
     else:
         wanted = wanted[-rank:]
         totals = [max(f + m - w, 0) for f, m, w in zip(full, more, wanted, strict=True)]
-        before, after = _halves(totals, "SAME_UPPER" if auto == "SAME_UPPER" else "SAME_LOWER")
+        before, after = _halves(totals, auto if auto == "SAME_UPPER" else "SAME_LOWER")
     group = call.int("group", 1)
     out = _TRANSPOSED[rank](x, weight, None, strides, 0, 0, group, dilations)
     order = [
@@ -347,8 +355,11 @@ def resize(
     else:
         call.refuse("neither scales nor sizes")
     crop = None if roi is None or not roi.numel() else numbers(roi)
+    smooth = call.int("antialias", 0)
+    if wanted == entered and crop is None:
+        return x  # whatever the scales say, which may be 1.1
     for i, axis in enumerate(chosen):
-        if wanted[i] == entered[i] and factors[i] == 1.0 and crop is None:
+        if wanted[i] == entered[i] and crop is None and (factors[i] == 1.0 or smooth):
             continue
         ends = (0.0, 1.0) if crop is None else (crop[i], crop[len(chosen) + i])
         places = _coordinates(call, entered[i], wanted[i], factors[i], ends)
@@ -369,7 +380,7 @@ def _coordinates(
     """Where the places of the output lie in the input, in float32 as runtimes compute it."""
     mode = call.text("coordinate_transformation_mode", "half_pixel")
     place, scale = np.arange(wanted, dtype=np.float32), np.float32(factor)
-    one, half = np.float32(1), np.float32(0.5)
+    half = np.float32(0.5)
     if mode == "asymmetric":
         return place / scale
     if mode == "align_corners":
@@ -379,9 +390,11 @@ def _coordinates(
     if mode == "pytorch_half_pixel" and wanted == 1:
         return np.zeros_like(place)
     if mode == "half_pixel_symmetric":
-        adjusted = np.float32(wanted) / (scale * np.float32(entered))
-        offset = np.float32(entered) / 2 * (one - adjusted)
-        return (offset + (place + half) / scale - half).astype(np.float32)
+        # The shift is in float32, the rest in float64, to the bit as the runtime has it.
+        reached = np.float32(wanted) / (scale * np.float32(entered))
+        shift = np.float32(entered) / np.float32(2) * (np.float32(1) - reached)
+        exact = (place.astype(np.float64) + 0.5) / float(scale)
+        return (float(shift) + exact - 0.5).astype(np.float32)
     if mode == "tf_crop_and_resize":
         start, end = np.float32(ends[0]), np.float32(ends[1])
         last = np.float32(entered - 1)
@@ -419,15 +432,14 @@ def _interpolate(call: Call, x: Tensor, axis: int, places: Floats, factor: float
         weights = np.where((around >= 0) & (around < size), weights, 0.0)
     weights = weights / weights.sum(0)
     around = np.clip(around, 0, size - 1)
-    summed: Tensor | None = None
-    for index, weight in zip(around, weights, strict=True):
-        if not weight.any():
-            continue
-        tap = from_array(weight).to(x)
-        term = x.index_select(axis, from_array(index).to(x.device)) * along(x, tap, axis)
-        summed = term if summed is None else summed + term
-    assert summed is not None
-    return summed
+    return functools.reduce(
+        torch.add,
+        (
+            x.index_select(axis, from_array(index).to(x.device))
+            * along(x, from_array(weight).to(x), axis)
+            for index, weight in zip(around, weights, strict=True)
+        ),
+    )
 
 
 def _cubic(t: npt.NDArray[np.float64], a: float) -> npt.NDArray[np.float64]:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import qcompile.models
 from qcompile import execute, pipeline, registry
 from qcompile.capture import capture
-from qcompile.errors import PassError
+from qcompile.errors import PassError, TargetError
 from qcompile.models import fetch, filetypes, ocr, speech
 
 torch = pytest.importorskip("torch")
@@ -32,7 +32,7 @@ from torch_cases import Case  # noqa: E402
 
 from qcompile import torch_exec  # noqa: E402
 from qcompile.torch_exec import OPERATORS, TorchGraph  # noqa: E402
-from qcompile.torch_table import from_array, numbers  # noqa: E402
+from qcompile.torch_table import from_array, numbers, tensor_of  # noqa: E402
 
 Array = npt.NDArray[Any]
 
@@ -209,6 +209,36 @@ def test_reductions_take_any_axes(data: st.DataObject) -> None:
     assert_as_runtime(ir.from_proto(case.model()), case.feeds, FLOAT)
 
 
+@given(st.data())
+def test_windows_begin_and_end_where_they_do_in_the_runtime(data: st.DataObject) -> None:
+    def two(low: int, high: int) -> list[int]:
+        return [data.draw(st.integers(low, high)) for _ in range(2)]
+
+    kernel, strides = two(1, 3), two(1, 3)
+    window: dict[str, Any] = {"kernel_shape": kernel, "strides": strides}
+    auto = data.draw(st.sampled_from(["NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"]))
+    if auto == "NOTSET":
+        window["pads"] = [data.draw(st.integers(0, k - 1)) for k in (*kernel, *kernel)]
+    else:
+        window["auto_pad"] = auto
+    if not auto.startswith("SAME"):
+        window["dilations"] = two(1, 2)
+    sizes = two(5, 9)
+    x, weight = (
+        np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        for shape in ((1, 2, *sizes), (3, 2, *kernel))
+    )
+    cases = [Case("Conv", (x, weight), dict(window))]
+    window |= {"ceil_mode": data.draw(st.integers(0, 1))}
+    counted = {"count_include_pad": data.draw(st.integers(0, 1))}
+    cases += [Case("MaxPool", (x,), window, 2), Case("AveragePool", (x,), window | counted)]
+    for case in cases:
+        try:
+            assert_as_runtime(ir.from_proto(case.model()), case.feeds, FLOAT)
+        except TargetError:
+            continue  # as where the padding is larger than a window
+
+
 # -- quantization -------------------------------------------------------------------------------
 
 QDQ = """(float[8] x) => (float[8] y) <float s = {0.5}, int8 z = {3}> {
@@ -231,6 +261,48 @@ def test_quantization_passes_gradients_straight_through_within_the_range() -> No
     ratio = x.detach() / 0.5
     codes = (ratio.round() + 3).clamp(-128, 127) - 3
     torch.testing.assert_close(by_scale, (codes - inside * ratio).sum())
+
+
+FORMATS = [
+    *(ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT16, ir.DataType.UINT16),
+    *(ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2),
+]
+
+
+@pytest.mark.parametrize("block", [0, 4])
+@pytest.mark.parametrize("format", FORMATS)
+def test_codes_of_every_format_are_those_of_onnx_runtime(format: ir.DataType, block: int) -> None:
+    rng = np.random.default_rng(0)
+    x = (100 * rng.standard_normal((3, 8))).astype(np.float32)
+    shape = (3, 2) if block else (3,)
+    scale = rng.uniform(0.5, 9, shape).astype(np.float32)
+    zero = np.zeros(shape) if format.is_floating_point() else rng.integers(0, 3, shape)
+    codes = rng.integers(0, 7, (3, 8))
+    given = [
+        ir.Value(name=name, const_value=ir.tensor(array.astype(dtype.numpy())))
+        for name, array, dtype in (
+            ("scale", scale, ir.DataType.FLOAT), ("zero", zero, format), ("codes", codes, format)
+        )
+    ]  # fmt: skip
+    entered = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(x.shape))
+    options = {"axis": 1 if block else 0} | ({"block_size": block} if block else {})
+    attributes = ir.convenience.convert_attributes(options)
+    to, back, stored = (
+        ir.Node("", kind, values, attributes, name=name, outputs=[ir.Value(name=name)])
+        for kind, values, name in (
+            ("QuantizeLinear", [entered, *given[:2]], "q"),
+            ("DequantizeLinear", [None, *given[:2]], "y"),
+            ("DequantizeLinear", [given[2], *given[:2]], "stored"),
+        )
+    )
+    back.replace_input_with(0, to.outputs[0])
+    graph = ir.Graph(
+        [entered], [back.outputs[0], stored.outputs[0]], nodes=[to, back, stored],
+        initializers=given, opset_imports={"": 21}, name="codes",
+    )  # fmt: skip
+    for value in graph.outputs:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    assert_as_runtime(ir.Model(graph, ir_version=10), {"x": x}, 0.0)
 
 
 # -- control flow -------------------------------------------------------------------------------
@@ -336,6 +408,15 @@ def test_constants_may_be_outputs_and_be_replaced() -> None:
     found = graph({"s": torch.ones(2, 8)})
     assert found["w1"] is graph.constants["w1"]
     assert not found["y"].any() and found["s"].all()
+
+
+@pytest.mark.parametrize(
+    "format", [ir.DataType.BFLOAT16, ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E5M2FNUZ]
+)
+def test_constants_of_types_that_numpy_lacks_keep_their_values(format: ir.DataType) -> None:
+    array = np.array([-1.5, 0.5, 3.0]).astype(format.numpy())
+    found = tensor_of(ir.tensor(array))
+    assert numbers(found.float()) == [-1.5, 0.5, 3.0]
 
 
 def test_constants_are_copies() -> None:
@@ -468,6 +549,10 @@ def test_what_an_entry_does_not_cover_names_the_node() -> None:
     case = next(c for c in BY_OPERATOR["LSTM"] if len(c.inputs) == 3)
     case.attributes["layout"] = 1
     with pytest.raises(PassError, match=r"node 'node' \(LSTM\) has layout 1"):
+        whole(ir.from_proto(case.model()))(tensors(case.feeds))
+    window = {"kernel_shape": [2], "dilations": [2], "auto_pad": "SAME_UPPER"}
+    case = Case("MaxPool", (np.ones((1, 1, 5), np.float32),), window)
+    with pytest.raises(PassError, match=r"\(MaxPool\) has auto_pad SAME_UPPER with dilations"):
         whole(ir.from_proto(case.model()))(tensors(case.feeds))
 
 

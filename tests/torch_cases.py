@@ -332,6 +332,7 @@ def convolutions() -> Iterator[Case]:
         )
     x, weight = f(2, 4, 3, 4), f(4, 3, 3, 2)
     yield case("ConvTranspose", x, weight, f(3))
+    yield case("ConvTranspose", x, weight, strides=[2, 3], auto_pad="SAME_UPPER")
     yield case("ConvTranspose", x, weight, f(3), strides=[2, 3], pads=[1, 0, 0, 1])
     yield case("ConvTranspose", x, weight, strides=[2, 3], output_padding=[1, 2])
     yield case("ConvTranspose", x, weight, strides=[2, 2], pads=[1, 1, 1, 1], output_padding=[1, 0])
@@ -371,6 +372,9 @@ def pools() -> Iterator[Case]:
         yield case(operator, f(1, 2, 9), kernel_shape=[3], strides=[2], pads=[1, 1])
         yield case(operator, f(1, 2, 4, 5, 4), kernel_shape=[2, 2, 3], strides=[2, 1, 1])
     yield case("LpPool", x, kernel_shape=[2, 2], p=3)
+    for auto in ("SAME_UPPER", "SAME_LOWER"):  # windows with room between them
+        room: dict[str, Any] = {"kernel_shape": [1, 1], "strides": [3, 2], "auto_pad": auto}
+        yield from each("AveragePool LpPool", x, **room)
     for sizes in ((2, 3, 4, 5), (2, 3, 4), (1, 2, 2, 3, 2)):
         yield from each("GlobalAveragePool GlobalMaxPool GlobalLpPool", f(*sizes))
     yield case("GlobalLpPool", f(2, 3, 4, 5), p=1)
@@ -434,6 +438,11 @@ def resizes() -> Iterator[Case]:
     for mode in ("linear", "cubic"):
         yield case("Resize", x, None, None, down, mode=mode, antialias=1)
         yield case("Resize", x, None, None, n(1, 2, 8, 2), mode=mode, antialias=1)
+    yield case("Resize", x, None, n(1, 1, 1.1, 1.1, dtype=np.float32), mode="linear")
+    for factor in (0.6, 1.07, 1.55):  # the middle falls on an element but for rounding
+        scales = n(1, 1, factor, factor, dtype=np.float32)
+        options = {"coordinate_transformation_mode": "half_pixel_symmetric"}
+        yield case("Resize", f(1, 1, 5, 7), None, scales, nearest_mode="floor", **options)
     yield case("Resize", x, None, None, up, mode="cubic", cubic_coeff_a=-0.5)
     yield case("Resize", x, None, None, up, mode="cubic", exclude_outside=1)
     yield case("Resize", f(2, 3, 6), None, None, n(2, 3, 9), mode="linear")
