@@ -259,7 +259,15 @@ class Lowering:
             if reason:
                 self.keep_float(layer, reason)
                 count += 1
+        self._fit_biases()
         return count
+
+    def _fit_biases(self) -> None:
+        """Give the layers that are quantized the biases that were fitted to that."""
+        for layer in self.decided():
+            name = spec.bias(layer.node)
+            if name and layer.bias is not None and layer.weight.spec is not None:
+                layer.bias.read_from(self.model.graph.initializers[name])
 
     def store_weights(self) -> int:
         """Replace every decided weight by its codes (8 bits beside a quantized input); how many."""

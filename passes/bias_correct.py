@@ -37,6 +37,7 @@ class BiasCorrect(Pass):
     name: ClassVar[str] = "bias-correct"
     requires: ClassVar[frozenset[str]] = frozenset({"specs"})
     produces: ClassVar[frozenset[str]] = frozenset({"specs"})
+    keeps_float: ClassVar[bool] = True
     reads_data: ClassVar[bool] = True
     source: ClassVar[str] = "arXiv 1906.04721, section 4.2"
 
@@ -77,8 +78,7 @@ def _correct(model: ir.Model, layer: Layer, gram: Gram) -> None:
     error = patches.to_matrix(layer, weight - rounded)
     mean = (gram.total / max(gram.rows, 1)).reshape(len(error), -1)
     moved: npt.NDArray[np.float64] = np.einsum("gnk,gk->gn", error, mean).ravel()
-    bias = graph.constant(layer.bias.value)
+    bias = graph.constant(layer.bias.value)  # of the float layer: what was fitted before goes
     scale = graph.attribute(layer.node, "alpha", 1.0)
     corrected = (bias + scale * moved.reshape(bias.shape)).astype(bias.dtype)
-    name = f"{layer.bias.value.name}/corrected".replace("/corrected/corrected", "/corrected")
-    layer.bias.read_from(graph.add_constant(model, name, corrected))
+    decisions.write_bias(model, layer, corrected)

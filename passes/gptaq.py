@@ -9,7 +9,7 @@ rounded by GPTQ, where GPTAQ corrects column by column.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,14 +33,18 @@ class Gptaq(Pass):
     """Codes ``Q`` [N, K] that make ``|F W^T - X Q^T|`` small, layer after layer.
 
     ``F`` [rows, K] is what the layer reads in the float model and ``X`` what it reads behind layers
-    that are rounded already, on the grid of its own input. With ``H = X^T X + d`` and ``d`` =
-    ``damping`` times the mean of the diagonal of ``X^T X``, the weight becomes ``W' = W (F^T X + d)
-    H^-1``, and the codes those of gptq for ``W'`` and ``H``. The scales stay as they were decided.
+    that are rounded already, on the grid of its own input. The weight moves to ``W' = W (F^T X + d)
+    (X^T X + d)^-1``, and the codes are those of gptq for ``W'`` and ``X^T X``. The scales stay as
+    they were decided.
 
     Layers that share a weight, of another kind than Conv and linear, or that the target keeps in
     float are left as they were, and counted.
 
-    * ``damping``: see above, above 0.
+    Where a layer has a bias, ``F`` and ``X`` are centred, and the layer gets the bias that keeps
+    the mean of each output.
+
+    * ``ridge``: share of the mean of the diagonal of ``X^T X`` that is ``d``, above 0.
+    * ``damping``: as in gptq, above 0.
     * ``samples``, ``rows``: how many calibration samples, and rows of each, are used at most.
     * ``exclude``: globs over the names and operator types of layers.
     """
@@ -54,14 +58,16 @@ class Gptaq(Pass):
     needs: ClassVar[frozenset[str]] = frozenset({"torch"})
     source: ClassVar[str] = "after GPTAQ, arXiv 2504.02692"
 
-    damping: float = 0.01
+    ridge: float = 0.2
+    damping: float = 0.1
     samples: int = 64
     rows: int = 128
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise PassError(f"damping must be above 0, got {self.damping:g}")
+        for option in ("damping", "ridge"):
+            if not getattr(self, option) > 0:
+                raise PassError(f"{option} must be above 0, got {getattr(self, option):g}")
         if self.samples < 1 or self.rows < 1:
             raise PassError(f"samples and rows start at 1, got {self.samples} and {self.rows}")
 
@@ -76,24 +82,36 @@ class Gptaq(Pass):
         prefix = Prefix(quantized, parts, data.samples.some(self.samples), data.mask)
         left = {layer.node for layer in excluded}
         done = 0
-        for number in ctx.progress(range(len(parts)), "gptaq", len(parts)):
+        for number in map(int, ctx.progress(range(len(parts)), "gptaq", len(parts))):
             part = prefix.enter(number)
             for layer in quantized.layers(parts[number]):
                 shared = len(graph.readers(layer.weight.value)) > 1
                 if layer.node not in left and gptq.fits(layer) and not shared:
-                    gram, cross = self._grams(prefix, parts[number], layer)
-                    job = moved(gptq.job(model, layer, gram), cross, self.damping)
-                    codes, _ = gptq.fitted(job, self.damping)
-                    found = patches.from_matrix(layer, codes)
-                    quantized.codes[quantized.key(layer)] = found
+                    self._fit(prefix, parts[number], layer)
                     done += 1
             prefix.leave(number, part)
         quantized.write()
         decided = sum(layer.weight.spec is not None for layer in graph.layers(model))
         return {"layers": done, "left alone": decided - done}
 
-    def _grams(self, prefix: Prefix, block: Block, layer: Layer) -> tuple[Doubles, Doubles]:
-        """``X^T X`` and ``F^T X`` a row, [groups, K, K]."""
+    def _fit(self, prefix: Prefix, block: Block, layer: Layer) -> None:
+        quantized, seen = prefix.quantized, self._seen(prefix, block, layer)
+        gram, cross = seen.gram, seen.cross
+        if layer.bias is not None and graph.is_constant(layer.bias.value):
+            # The bias makes good for the mean.
+            gram = gram - seen.found[:, :, None] * seen.found[:, None]
+            cross = cross - seen.wanted[:, :, None] * seen.found[:, None]
+        job = gptq.job(quantized.model, layer, gram)
+        codes, _ = gptq.fitted(moved(job, cross, self.ridge), self.damping)
+        quantized.codes[quantized.key(layer)] = patches.from_matrix(layer, codes)
+        if layer.bias is not None and graph.is_constant(layer.bias.value):
+            bias = graph.constant(layer.bias.value)
+            rounded = codes * job.scale.astype(np.float64)
+            lost = np.einsum("gnk,gk->gn", job.weight, seen.wanted)
+            lost = lost - np.einsum("gnk,gk->gn", rounded, seen.found)
+            quantized.biases[layer.name] = (bias + lost.reshape(-1)).astype(bias.dtype)
+
+    def _seen(self, prefix: Prefix, block: Block, layer: Layer) -> _Seen:
         import torch
 
         kind = patches.of(layer)
@@ -102,7 +120,9 @@ class Gptaq(Pass):
         at, after = prefix.quantized.maps(block)
         here = at.get((layer.node.name or "", layer.input.index))
         entered = prefix.function(block, [name])
-        gram, cross, seen = np.zeros(kind.shape), np.zeros(kind.shape), 0
+        gram, cross = np.zeros(kind.shape), np.zeros(kind.shape)
+        means = [np.zeros(kind.shape[:-1]), np.zeros(kind.shape[:-1])]
+        rows = 0
         for number in range(len(prefix.samples)):
             with torch.no_grad():
                 floats = prefix.float.feeds(block.inputs, number)
@@ -113,12 +133,28 @@ class Gptaq(Pass):
             if prefix.mask is not None and name in prefix.lined:
                 counted = prefix.samples[number][prefix.mask].astype(bool)
                 arrays = [array[counted] for array in arrays]
-            for one, other in zip(*(kind.blocks(a, self.rows) for a in arrays), strict=True):
+            for both in zip(*(kind.blocks(a, self.rows) for a in arrays), strict=True):
+                one, other = (np.asarray(part, np.float32) for part in both)
                 gram += np.swapaxes(other, -1, -2) @ other
                 cross += np.swapaxes(one, -1, -2) @ other
-                seen += one.shape[-2]
-        shape = (-1, *kind.shape[-2:])
-        return gram.reshape(shape) / max(seen, 1), cross.reshape(shape) / max(seen, 1)
+                means[0] += one.sum(axis=-2, dtype=np.float64)
+                means[1] += other.sum(axis=-2, dtype=np.float64)
+                rows += one.shape[-2]
+        square, each, rows = (-1, *kind.shape[-2:]), (-1, kind.columns), max(rows, 1)
+        return _Seen(
+            gram.reshape(square) / rows, cross.reshape(square) / rows,
+            means[0].reshape(each) / rows, means[1].reshape(each) / rows,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """``X^T X`` and ``F^T X`` [groups, K, K], and means of ``F`` and ``X`` [groups, K], a row."""
+
+    gram: Doubles
+    cross: Doubles
+    wanted: Doubles
+    found: Doubles
 
 
 def moved(job: gptq.Job, cross: Doubles, damping: float) -> gptq.Job:
@@ -128,5 +164,6 @@ def moved(job: gptq.Job, cross: Doubles, damping: float) -> gptq.Job:
     ridge[diagonal.mean(axis=1) == 0] = np.eye(job.gram.shape[-1])
     # W (C + d) (H + d)^-1, with the symmetric factor solved for from the right.
     target = job.weight.astype(np.float64) @ (cross + ridge)
-    weight: Doubles = np.linalg.solve(job.gram + ridge, np.swapaxes(target, -1, -2))
-    return dataclasses.replace(job, weight=np.swapaxes(weight, -1, -2).astype(np.float32))
+    library: Any = np.linalg  # partly untyped
+    solved: Doubles = library.solve(job.gram + ridge, np.swapaxes(target, -1, -2))
+    return dataclasses.replace(job, weight=np.swapaxes(solved, -1, -2).astype(np.float32))

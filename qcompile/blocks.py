@@ -76,6 +76,13 @@ def partition(
     return [_block(flow, readers, nodes) for nodes in _ordered(flow, parts, edges)]
 
 
+def whole(model: ir.Model) -> Block:
+    """The main graph as one block."""
+    inputs = tuple(value.name or "" for value in model.graph.inputs)
+    outputs = tuple(value.name or "" for value in model.graph.outputs)
+    return Block("model", tuple(model.graph), inputs, outputs)
+
+
 def _flow(model: ir.Model) -> nx.DiGraph[ir.Node]:
     """The nodes that are layers or depend on one, in the order of the graph; an edge to a reader.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile import graph, halves, numerics
+from qcompile import graph, halves, numerics, spec
 from qcompile.graph import Layer
 from qcompile.numerics import Codes, Floats, Grid
 from qcompile.spec import TensorSpec
@@ -53,6 +55,25 @@ def write_codes(model: ir.Model, layers: Sequence[Layer], codes: Codes) -> None:
     added = graph.add_constant(model, f"{value.name}/fitted", packed)
     for layer in layers:
         layer.weight.decide(dataclasses.replace(decided, codes=added.name or ""))
+
+
+def bias(model: ir.Model, layer: Layer) -> npt.NDArray[Any] | None:
+    """The bias of ``layer`` with its decisions, fitted or as in float; None without one."""
+    if layer.bias is None or not graph.is_constant(layer.bias.value):
+        return None
+    name = spec.bias(layer.node)
+    return graph.constant(model.graph.initializers[name] if name else layer.bias.value)
+
+
+def write_bias(model: ir.Model, layer: Layer, array: npt.NDArray[Any]) -> None:
+    """Write what the bias of ``layer``, which has one, is to be beside its decisions."""
+    assert layer.bias is not None
+    name = spec.bias(layer.node)
+    if name:
+        model.graph.initializers[name].const_value = ir.Tensor(array, name=name)
+        return
+    added = graph.add_constant(model, f"{layer.bias.value.name}/fitted", array)
+    layer.node.metadata_props[spec.BIAS] = added.name or ""
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:

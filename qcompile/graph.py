@@ -565,6 +565,7 @@ def remove_dead(model: ir.Model) -> int:
         name for node in model.graph for s in spec.all_specs(node).values() for name in s.arrays()
     }
     named |= {n for v in values(model) if (n := range_name(v)) is not None}
+    named |= {spec.bias(node) for node in model.graph}
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output() and name not in named:
             if value in model.graph.inputs:

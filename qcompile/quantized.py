@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qcompile import decisions, graph, rounding
+from qcompile import decisions, graph, rounding, spec
 from qcompile.backends.base import Rounding, Roundings, Target
 from qcompile.blocks import Block
 from qcompile.graph import Layer
@@ -24,11 +27,30 @@ Spare = Callable[[Tensor, Tensor], Tensor]
 Key = tuple[str, str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """``factor * y + shift`` in place of what a layer writes; one number, or one a channel."""
+
+    factor: Tensor
+    shift: Tensor
+
+    def along(self, axis: int) -> Map:
+        """As a function of ``y`` with its channels along ``axis``."""
+
+        def change(y: Tensor) -> Tensor:
+            sizes = [1] * y.dim()
+            sizes[axis] = -1
+            return y * self.factor.reshape(sizes) + self.shift.reshape(sizes)
+
+        return change
+
+
 class Quantized:
     """A decided model as a target rounds it, and what fits have found so far.
 
-    ``codes`` are those of weights by key, ``factors`` those that ranges are to be multiplied with
-    by the name of the value that owns the range.
+    ``codes`` are those of weights by key, ``biases`` those of layers by name, ``factors`` what
+    ranges are to be multiplied with, by the value that owns the range, and ``gains`` what each
+    layer writes is to be changed with, by its name.
     """
 
     def __init__(self, model: ir.Model, target: Target, device: str = "cpu") -> None:
@@ -37,6 +59,8 @@ class Quantized:
         self.roundings: Roundings = target.roundings(model)
         self.codes: dict[Key, Codes] = {}
         self.factors: dict[str, float] = {}
+        self.biases: dict[str, npt.NDArray[Any]] = {}
+        self.gains: dict[str, Gain] = {}
         self._read: dict[tuple[str, int], str] = {
             (node.name or "", index): value.name or ""
             for node in model.graph
@@ -67,6 +91,11 @@ class Quantized:
         assert layer.weight.spec is not None
         return decisions.codes(self.model, layer.weight.value, layer.weight.spec)
 
+    def bias(self, layer: Layer) -> npt.NDArray[Any] | None:
+        """The bias of ``layer``: fitted here, before, or as in float; None without one."""
+        found = self.biases.get(layer.name)
+        return decisions.bias(self.model, layer) if found is None else found
+
     def weight(self, layer: Layer) -> rounding.Weight:
         """The weight of ``layer`` with logits to fit."""
         decided = layer.weight.spec
@@ -90,11 +119,12 @@ class Quantized:
         weights: Mapping[Key, Callable[[], Tensor]] | None = None,
         factors: Mapping[str, Tensor] | None = None,
         spare: Spare | None = None,
+        gains: Mapping[str, Gain] | None = None,
     ) -> Maps:
         """What rounds in ``block``: at uses, and behind values (see TorchGraph).
 
-        ``weights`` and ``factors`` (logarithms) stand for what is being fitted; ``spare(x, y)``
-        gives some of the elements of rounded ``y`` back to ``x``.
+        ``weights``, ``factors`` (logarithms) and ``gains`` stand for what is being fitted;
+        ``spare(x, y)`` gives some of the elements of rounded ``y`` back to ``x``.
         """
         at: dict[tuple[str, int], Map] = {}
         after: dict[str, Map] = {}
@@ -102,28 +132,71 @@ class Quantized:
             place = (layer.weight.node.name or "", layer.weight.index)
             soft = (weights or {}).get(self.key(layer))
             at[place] = _given(self._hard(layer) if soft is None else soft)
+            bias = self.bias(layer)
+            if layer.bias is not None and bias is not None:
+                tensor = rounding.tensor(bias, self.device)
+                at[layer.bias.node.name or "", layer.bias.index] = _given(_always(tensor))
         for place, found in self.roundings.uses.items():
             if place[0] in _names(block) and place not in at:
                 behind = self.roundings.values.get(self._read[place])
                 if behind is None or behind.value != found.value:
                     at[place] = self._activation(found, factors, spare)
+        for layer in self.layers(block):
+            gain = (gains or {}).get(layer.name) or self.gains.get(layer.name)
+            if gain is not None:
+                axis = 1 if layer.kind in ("conv", "depthwise", "conv-transpose") else -1
+                after[layer.biased_output.name or ""] = gain.along(axis)
         written = {v.name for node in block.nodes for v in node.outputs}
         for name, found in self.roundings.values.items():
             if name in written:
-                after[name] = self._activation(found, factors, spare)
+                rounded = self._activation(found, factors, spare)
+                after[name] = _both(after[name], rounded) if name in after else rounded
         return at, after
 
     def write(self) -> None:
         """Write the codes and ranges that were found into the model."""
         for layer in graph.layers(self.model):
-            if layer.weight.spec is not None and self.key(layer) in self.codes:
-                decisions.write_codes(self.model, [layer], self.codes[self.key(layer)])
+            if layer.weight.spec is None:
+                continue
+            fitted = layer.name in self.biases or bool(spec.bias(layer.node))
+            bias = self.bias(layer) if fitted else None
+            gain = self.gains.get(layer.name)
+            if gain is not None or self.key(layer) in self.codes:
+                decisions.write_codes(self.model, [layer], self.codes_of(layer))
+            if gain is not None:
+                bias = self._fold(layer, gain)
+            if bias is not None:  # which goes when other decisions are written
+                decisions.write_bias(self.model, layer, bias)
         for value in graph.values(self.model):
             found = graph.range_of(self.model, value)
             factor = self.factors.get(value.name or "", 1.0)
             if found is not None and factor != 1.0:
                 graph.set_range(self.model, value, found[0] * factor, found[1] * factor)
         graph.remove_dead(self.model)
+
+    def _fold(self, layer: Layer, gain: Gain) -> npt.NDArray[Any] | None:
+        """Put ``gain`` into the scale of the weight, and return the bias that goes with it."""
+        decided = layer.weight.spec
+        assert decided is not None
+        factor = gain.factor.detach().cpu().numpy()
+        scale = graph.constant(self.model.graph.initializers[decided.scale])
+        if factor.size > 1 and decided.block is not None:
+            factor = np.moveaxis(factor[(...,) + (None,) * (scale.ndim - 1)], 0, layer.channel_axis)
+        scaled = graph.add_constant(self.model, decided.scale, (scale * factor).astype(scale.dtype))
+        bias = self.bias(layer)
+        layer.weight.decide(dataclasses.replace(decided, scale=scaled.name or ""))
+        if bias is None:
+            return None
+        shape = (*bias.shape[:-1], -1)
+        moved = bias * factor.reshape(shape) + gain.shift.detach().cpu().numpy().reshape(shape)
+        return moved.astype(bias.dtype)
+
+    def gainable(self, layer: Layer) -> bool:
+        """Whether a gain of ``layer`` folds into its weight and bias."""
+        alone = len(graph.readers(layer.weight.value)) == 1
+        known = layer.bias is not None and graph.is_constant(layer.bias.value)
+        scaled = any(graph.attribute(layer.node, name, 1.0) != 1.0 for name in ("alpha", "beta"))
+        return alone and known and not scaled and layer.kind in ("conv", "depthwise", "linear")
 
     def _hard(self, layer: Layer) -> Callable[[], Tensor]:
         decided = layer.weight.spec
@@ -143,6 +216,14 @@ class Quantized:
             log = torch.tensor(float(np.log(self.factors.get(found.value, 1.0))))
         rounded = rounding.Activation(found.grid, found.middle, log.to(self.device))
         return rounded if spare is None else lambda x: spare(x, rounded(x))
+
+
+def _both(first: Map, second: Map) -> Map:
+    return lambda x: second(first(x))
+
+
+def _always(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor
 
 
 def _names(block: Block) -> frozenset[str]:

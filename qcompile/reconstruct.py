@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcompile import rounding
+from qcompile import graph, rounding
 from qcompile.blocks import Block
 from qcompile.prefix import Prefix, Tensors
-from qcompile.quantized import Key, Maps, Spare
+from qcompile.quantized import Gain, Key, Maps, Spare
 from qcompile.sequences import Sample
 from qcompile.torch_exec import TorchGraph
 
@@ -34,8 +34,10 @@ class Settings:
       leaves unrounded inside, drawn anew in each step (QDrop, Wei et al., arXiv 2203.05740).
     * ``prefix``: whether a block reads the quantized trajectory at all, or the float one alone.
     * ``target``: the float trajectory, or the float block of what it read.
-    * ``weights``, ``ranges``: what moves. ``weight_rate`` and ``range_rate`` of Adam; that of the
-      logarithm of a range falls to 0 along half a cosine.
+    * ``weights``, ``ranges``, ``gains``: what moves: how weights are rounded, ranges of
+      activations, and a gain of what layers write, one a layer or one a channel. ``weight_rate``
+      and ``range_rate`` are of Adam; the latter, of logarithms and gains, falls to 0 along half a
+      cosine.
     * ``decide``: what the mean over the weights of ``1 - |2 h - 1| ** b`` counts beside the
       relative error, in the last 80 % of the steps, with ``b`` falling from 20 to 2 (AdaRound).
     * ``frames``: the most frames in a row that a step goes through.
@@ -48,10 +50,14 @@ class Settings:
     target: Literal["float", "recomputed"] = "float"
     weights: bool = True
     ranges: bool = True
+    gains: Literal["none", "layer", "channel"] = "none"
     weight_rate: float = 0.01
     range_rate: float = 0.001
     decide: float = 0.1
     frames: int = 8
+
+
+Term = Callable[[Sequence[Sequence[int]], Sequence[Tensors]], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +83,10 @@ class Engine:
         apart: how many of the last sequences of the samples decide.
         settings: how.
         rng: randomness by key.
+        outputs: what is compared of each block; all floats that it writes if None.
+        term: added to the loss, of the numbers of the frames in a row of some windows, and what the
+            block wrote for each.
+        progress: wraps the steps of a fit, with a label.
     """
 
     def __init__(
@@ -85,7 +95,13 @@ class Engine:
         apart: int,
         settings: Settings,
         rng: Callable[[str], np.random.Generator],
+        outputs: Sequence[str] | None = None,
+        term: Term | None = None,
+        progress: Callable[..., Iterable[Any]] | None = None,
     ) -> None:
+        self.progress = progress
+        self.outputs = outputs
+        self.term = term
         self.prefix = prefix
         self.settings = settings
         self.rng = rng
@@ -118,7 +134,8 @@ class _Fit:
         state = engine.prefix.samples.state
         self._state = {taken: state[taken] for taken in block.inputs if taken in state}
         floats = engine.prefix.float
-        self._outputs = [name for name in block.outputs if floats.value(name, 0).dtype.kind == "f"]
+        named = block.outputs if engine.outputs is None else engine.outputs
+        self._outputs = [name for name in named if floats.value(name, 0).dtype.kind == "f"]
 
     def run(self) -> Fitted | None:
         """Fit what the settings say, and keep it if that is no worse on the samples apart."""
@@ -135,23 +152,44 @@ class _Fit:
             for value in owners
             if value not in quantized.factors
         }
-        if not self._outputs or not (weights or factors):
+        gains = self._gains()
+        if not self._outputs or not (weights or factors or gains):
             return None
         before = self._error()
-        self._descend(weights, factors)
+        self._descend(weights, factors, gains)
         quantized.codes |= {key: weight.codes() for key, weight in weights.items()}
         quantized.factors |= {v: float(torch.exp(log.detach())) for v, log in factors.items()}
+        quantized.gains |= gains
         after = self._error()
         kept = after <= before  # which it is not if it is NaN
         if not kept:
+            for name in gains:
+                del quantized.gains[name]
             for key in weights:
                 del quantized.codes[key]
             for value in factors:
                 del quantized.factors[value]
         return Fitted(self._block.name, before, after, kept)
 
+    def _gains(self) -> dict[str, Gain]:
+        """A gain of one and a shift of zero for each layer that takes one."""
+        if self._settings.gains == "none":
+            return {}
+        found: dict[str, Gain] = {}
+        for layer in self._quantized.layers(self._block):
+            shape = graph.shape_of(layer.weight.value)
+            if self._quantized.gainable(layer) and shape is not None:
+                many = shape[layer.channel_axis] if self._settings.gains == "channel" else 1
+                ones = torch.ones(many, device=self._quantized.device)
+                zeros = torch.zeros_like(ones)
+                found[layer.name] = Gain(ones.requires_grad_(), zeros.requires_grad_())
+        return found
+
     def _descend(
-        self, weights: Mapping[Key, rounding.Weight], factors: Mapping[str, Tensor]
+        self,
+        weights: Mapping[Key, rounding.Weight],
+        factors: Mapping[str, Tensor],
+        gains: Mapping[str, Gain],
     ) -> None:
         settings = self._settings
         rng = self._engine.rng(f"reconstruct {self._block.name}")
@@ -159,27 +197,32 @@ class _Fit:
         drop.manual_seed(int(rng.integers(1 << 62)))
 
         def spare(x: Tensor, y: Tensor) -> Tensor:
-            left = torch.rand(x.shape, generator=drop, device=x.device) < settings.mix
-            return torch.where(left, x, y)
+            chosen = torch.rand(x.shape, generator=drop, device=x.device) < settings.mix
+            return torch.where(chosen, x, y)
 
         logits = [weight.logits for weight in weights.values()]
         elements = sum(map(torch.numel, logits))
+        moved = [tensor for gain in gains.values() for tensor in (gain.factor, gain.shift)]
         adam: Any = torch.optim.Adam(  # partly untyped
             [
-                {"params": list(factors.values()), "lr": settings.range_rate},
+                {"params": [*factors.values(), *moved], "lr": settings.range_rate},
                 {"params": logits, "lr": settings.weight_rate},
             ]
         )
         soft = {key: weight.soft for key, weight in weights.items()}
-        maps = self._quantized.maps(self._block, soft, factors, spare if settings.mix else None)
+        left = spare if settings.mix else None
+        maps = self._quantized.maps(self._block, soft, factors, left, gains)
         joined = self._may_be_joined()
         warm = settings.steps // 5
-        for step, windows in enumerate(self._drawn(rng)):
+        steps = self._drawn(rng)
+        if self._engine.progress is not None:
+            steps = self._engine.progress(steps, f"fit {self._block.name}", settings.steps)
+        for step, windows in enumerate(steps):
             fall = rounding.cosine(step / settings.steps)
             adam.param_groups[0]["lr"] = settings.range_rate * fall
             adam.zero_grad()
             for group in _alike(windows, self._shapes) if joined else [[w] for w in windows]:
-                loss = self._loss(group, maps, spare if settings.mix else None)
+                loss = self._loss(group, maps, left)
                 _add_gradient(loss * len(group) / len(windows))
             if weights and step >= warm:
                 exponent = 2 + 18 * rounding.cosine((step - warm) / (settings.steps - warm))
@@ -210,7 +253,9 @@ class _Fit:
         """The mean relative error over outputs and frames of ``windows``, run as one batch."""
         state: Tensors = {}
         losses: list[Tensor] = []
-        for numbers in zip(*windows, strict=True):
+        frames = list(zip(*windows, strict=True))
+        results: list[Tensors] = []
+        for numbers in frames:
             feeds = self._read(numbers, spare) | state
             found = self._part(feeds, *maps)
             losses += [
@@ -218,7 +263,9 @@ class _Fit:
                 for noise, power in self._powers(found, self._wanted(numbers, feeds), numbers)
             ]
             state = {taken: found[given] for taken, given in self._state.items()}
-        return torch.stack(losses).mean()
+            results.append(found)
+        loss = torch.stack(losses).mean()
+        return loss if self._engine.term is None else loss + self._engine.term(frames, results)
 
     def _error(self) -> float:
         """The relative error of the block as it is rounded now, on the samples apart."""

@@ -22,35 +22,58 @@ _GAMMA, _ZETA = -0.1, 1.1
 def tensor(array: npt.NDArray[Any], device: str) -> Tensor:
     """``array`` on ``device``."""
     library: Any = torch  # partly untyped
-    return library.from_numpy(np.ascontiguousarray(array)).to(device)
-
-
-def straight(x: Tensor) -> Tensor:
-    """``x`` rounded, ties to even; the gradient passes straight through."""
-    return x + (torch.round(x) - x).detach()
+    return library.from_numpy(np.require(array, requirements=["C", "W"])).to(device)
 
 
 class Activation:
     """Rounds an activation on a grid whose range is ``exp(log_factor)`` times the calibrated one.
 
-    ``y = s clip(round((x - m) / s) + z, low, high) - s z + m`` with ``s`` and ``m`` the scale and
-    the middle times the factor: the gradient to the factor is that of LSQ (Esser et al., arXiv
-    1902.08153), whose scaling by the number of elements Adam does not see.
+    ``y = s (clip(round((x - m) / s) + z, low, high) - z) + m``, with ``s`` and ``m`` the scale and
+    the middle times the factor.
     """
 
     def __init__(self, grid: Grid, middle: float, log_factor: Tensor) -> None:
-        self._scale = float(grid.scale)
-        self._zero = int(grid.zero_point)
-        self._low, self._high = grid.format.low, grid.format.high
-        self._middle = middle
+        low, high = grid.format.low - int(grid.zero_point), grid.format.high - int(grid.zero_point)
+        self._bounds = float(low), float(high)
+        self._scale, self._middle = float(grid.scale), middle
         self._log_factor = log_factor
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` of any shape, rounded."""
-        factor = torch.exp(self._log_factor)
-        scale, middle = self._scale * factor, self._middle * factor
-        codes = torch.clamp(straight((x - middle) / scale) + self._zero, self._low, self._high)
-        return (codes - self._zero) * scale + middle
+        library: Any = _Rounded  # untyped
+        return library.apply(x, self._log_factor, self._scale, self._middle, *self._bounds)
+
+
+class _Rounded(torch.autograd.Function):
+    """The gradient passes straight through where nothing is clipped, and is 0 where it is.
+
+    To the logarithm of the factor it is ``y - x`` where nothing is clipped, else ``y``: that of LSQ
+    (Esser et al., arXiv 1902.08153) in ``s`` and ``m`` together. LSQ scales it by the number of
+    elements, which Adam does not see.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, log: Tensor, scale: float, middle: float, low: float, high: float
+    ) -> Tensor:
+        factor = float(torch.exp(log.detach()))
+        scale, middle = scale * factor, middle * factor
+        codes = torch.round((x - middle) / scale) if middle else torch.round(x / scale)
+        inside = (codes >= low) & (codes <= high)
+        y = codes.clamp_(low, high).mul_(scale)
+        y = y.add_(middle) if middle else y
+        ctx.save_for_backward(inside, x, y) if log.requires_grad else ctx.save_for_backward(inside)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        inside, *rest = ctx.saved_tensors
+        through = gradients[0] * inside
+        if not rest:
+            return through, None, None, None, None, None
+        x, y = rest
+        log = (gradients[0] * y).sum() - (through * x).sum()
+        return through, log, None, None, None, None
 
 
 class Weight:
@@ -95,32 +118,6 @@ class Weight:
             up = (self.logits >= 0).to(self._base.dtype)
             found = torch.clamp(self._base + up, self._low, self._high)
         return found.cpu().numpy().astype(np.int32)
-
-
-class Straight(Weight):
-    def __init__(self, weight, scale, codes, low, high, device):
-        units = weight.astype(np.float64) / scale
-        units = codes + np.clip(units - codes, -0.45, 0.45)
-        self._scale = tensor(scale, device)
-        self._low, self._high = low, high
-        self.logits = tensor(units.astype(np.float32), device).requires_grad_()
-
-    def soft(self):
-        return self._scale * torch.clamp(straight(self.logits), self._low, self._high)
-
-    def undecided(self, exponent):
-        return torch.mean(self.logits * 0)
-
-    def codes(self):
-        with torch.no_grad():
-            found = torch.clamp(torch.round(self.logits), self._low, self._high)
-        return found.cpu().numpy().astype(np.int32)
-
-
-import os
-
-if os.environ.get("STE"):
-    Weight = Straight  # type: ignore
 
 
 def cosine(progress: float) -> float:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 SPEC = "qcompile.spec."
+# The name of the bias that a layer gets with its decisions; see ``bias``.
+BIAS = "qcompile.bias"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +71,12 @@ def read(node: ir.Node, index: int) -> TensorSpec | None:
 
 
 def write(node: ir.Node, index: int, spec: TensorSpec | None) -> None:
-    """Set the spec of input ``index`` of ``node``; None removes it."""
+    """Set the spec of input ``index`` of ``node``; None removes it.
+
+    A bias that was fitted to other decisions goes.
+    """
     key = f"{SPEC}{index}"
+    node.metadata_props.pop(BIAS, None)
     if spec is None:
         node.metadata_props.pop(key, None)
         return
@@ -95,7 +101,17 @@ def all_specs(node: ir.Node) -> dict[int, TensorSpec]:
     return dict(sorted(found.items()))
 
 
+def bias(node: ir.Node) -> str:
+    """The name of the initializer that is the bias of the layer ``node`` once it is lowered.
+
+    It makes good for what the decisions lose; the bias of the float layer stays. "" if there is
+    none.
+    """
+    return node.metadata_props.get(BIAS, "")
+
+
 def clear(node: ir.Node) -> None:
-    """Remove every spec of ``node``."""
+    """Remove every spec of ``node``, and its fitted bias."""
+    node.metadata_props.pop(BIAS, None)
     for index in all_specs(node):
         write(node, index, None)

@@ -118,6 +118,8 @@ def _node(node: ir.Node, weights: bool) -> str:
         if node.attributes[name].type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
     )
     tail = f" {{{attributes}}}" if attributes else ""
+    if spec.bias(node):
+        tail += f" bias=%{spec.bias(node)}"
     written = ", ".join(_typed(v) for v in node.outputs)
     return f"{written} = {domain}{node.op_type}({operands}){tail}"
 
