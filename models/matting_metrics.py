@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from qcompile.sequences import Sample
+
 Alpha: TypeAlias = npt.NDArray[np.float32]
 Float: TypeAlias = npt.NDArray[np.float64]
 
@@ -85,6 +87,15 @@ def dtssd(alpha: Alpha, truth: Alpha) -> float:
     if not len(change):
         return 0.0
     return float(np.sqrt(np.square(change).reshape(len(change), -1).mean(1)).mean())
+
+
+def mad_of_runs(runs: Iterable[tuple[Sample, Sample]]) -> float:
+    """The MAD of the output ``alpha`` against the ``labels`` of each sample, for ``--metric``."""
+    found = [mad(outputs["alpha"], sample["labels"]) for sample, outputs in runs]
+    return float(np.mean(found))
+
+
+mad_of_runs.lower_is_better = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _difference(alpha: Alpha, truth: Alpha) -> Float:

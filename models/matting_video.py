@@ -369,6 +369,13 @@ def judge() -> Iterator[list[Sample]]:
     return (found.sequence() for found in labelled("judge"))
 
 
+def judge_labelled() -> Iterator[list[Sample]]:
+    """The same with the true alpha as ``labels`` beside each frame."""
+    for found in labelled("judge"):
+        pairs = zip(found.sequence(), found.alpha, strict=True)
+        yield [frame | {"labels": alpha[None]} for frame, alpha in pairs]
+
+
 def path(name: str) -> pathlib.Path:
     """Where the shipped file ``name`` lies.
 

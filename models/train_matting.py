@@ -38,8 +38,9 @@ from qcompile.models import matting_metrics, matting_video, train_fashion
 from qcompile.models.matting_metrics import Alpha, Errors
 from qcompile.models.matting_video import SIZE, Clip
 
-CLIPS, FRAMES = 1600, 6  # to train with; they are turned, mirrored and reversed at random
+CLIPS, FRAMES = 1000, 6  # to train with; they are turned, mirrored and reversed at random
 BATCH, RATE, DECAY, WARMUP = 4, 3e-3, 0.01, 50
+CROP = 64  # sides of what the first half of the training sees, in pixels
 STATES = ((8, 2), (16, 4), (24, 8), (32, 16))  # channels, and pixels of a frame to one of theirs
 NAMES = tuple(f"r{number}" for number in range(1, len(STATES) + 1))
 
@@ -240,8 +241,8 @@ class Clips:
             whole = torch.from_numpy(np.concatenate(pair, 1))
             self.rows[number] = (whole * 255).round().byte()
 
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Frames [BATCH, FRAMES, 3, SIZE, SIZE] and their alpha."""
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """Crops of frames, [BATCH, FRAMES, 3, size, size], and their alpha."""
         rows = self.rows[self.random.integers(len(self.rows), size=BATCH)]
         for row in rows:
             for axis in (0, 2, 3):  # time, height, width
@@ -249,8 +250,9 @@ class Clips:
                     row.copy_(row.flip(axis))
             if self.random.random() < 0.5:
                 row.copy_(row.transpose(2, 3).clone())
-        whole = rows.float() / 255
-        return whole[:, :, :3], whole[:, :, 3:]
+        top, left = self.random.integers(SIZE - size + 1, size=2)
+        crop = rows[..., top : top + size, left : left + size].float() / 255
+        return crop[:, :, :3], crop[:, :, 3:]
 
 
 def train(model: nn.Module, clips: Clips, minutes: float, file: pathlib.Path) -> None:
@@ -267,7 +269,7 @@ def train(model: nn.Module, clips: Clips, minutes: float, file: pathlib.Path) ->
         if done > 7 / 8 and not rest:
             rest = True
             model.eval()  # nothing but BatchNorm differs
-        frames, truth = clips.batch()
+        frames, truth = clips.batch(CROP if done < 1 / 2 else SIZE)
         loss = loss_of(unroll(model, frames), truth)
         optimizer.zero_grad()
         loss.backward()
@@ -371,7 +373,7 @@ def main() -> None:
     """Read the command line, train, write, and print errors."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
-    parser.add_argument("--minutes", type=float, default=28.0, help="of training")
+    parser.add_argument("--minutes", type=float, default=15.0, help="of training")
     parser.add_argument("--resume", type=pathlib.Path, help="weights to start from")
     parser.add_argument("--clips", type=int, default=CLIPS, help="to train with")
     parser.add_argument("--seed", type=int, default=0)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
+import pathlib
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
+from command import Command
 
+from qcompile import execute, ports
 from qcompile.errors import CalibrationError
 from qcompile.models import matting_metrics as metrics
 from qcompile.models import matting_video as video
@@ -178,3 +183,81 @@ def test_errors_are_averaged_and_printed_in_the_units_of_tables() -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(ValueError, match=r"\(1, 1, 4, 4\), but the truth \(2, 1, 4, 4\)"):
         metrics.errors(alphas(1), alphas(1, 1))
+
+
+# -- the shipped network ------------------------------------------------------------------------
+
+
+def session() -> Any:
+    library: Any = onnxruntime  # partly untyped
+    return library.InferenceSession(
+        str(video.path(video.MODEL)), providers=["CPUExecutionProvider"]
+    )
+
+
+def run(network: Any, frames: video.Array, carried: bool = True) -> video.Array:
+    """Alpha [T, 1, H, W], from states of zero, which are ``carried`` from frame to frame or not."""
+    pairs = ports.parse_state(video.STATE)
+    shapes = {each.name: each.shape[1:] for each in network.get_inputs()}
+    empty = {name: np.zeros((1, *shapes[name]), np.float32) for name in pairs}
+    names = [each.name for each in network.get_outputs()]
+    state, found = empty, list[video.Array]()
+    for frame in frames:
+        outputs = dict(zip(names, network.run(None, {"frame": frame[None], **state}), strict=True))
+        state = {taken: outputs[given] for taken, given in pairs.items()} if carried else empty
+        found.append(outputs["alpha"])
+    return np.concatenate(found)
+
+
+def test_the_shipped_network_keeps_its_batchnorms_and_is_small() -> None:
+    path = video.path(video.MODEL)
+    assert path.stat().st_size < 1.5e6
+    nodes = list(execute.load(path).graph)
+    kinds = [node.op_type for node in nodes]
+    assert kinds.count("BatchNormalization") == 25
+    assert {"HardSwish", "HardSigmoid", "Clip", "Resize", "Tanh"} <= set(kinds)
+    assert not any(node.metadata_props for node in nodes)
+    with pytest.raises(FileNotFoundError, match=r"no shipped file 'matting.pt'; known are"):
+        video.path("matting.pt")
+
+
+def test_the_shipped_calibration_is_what_its_seed_gives() -> None:
+    pytest.importorskip("skimage")
+    shipped = list(video.calibration())
+    for clip, sequence in itertools.zip_longest(video.labelled("calibration"), shipped):
+        found = np.concatenate([frame["frame"] for frame in sequence])
+        # Another release of scipy may round a pixel the other way.
+        assert np.abs(found - clip.frames).max() <= 1.01 / 255
+        assert (found != clip.frames).mean() < 1e-3
+
+
+def test_the_network_mattes_unseen_pictures_and_remembers() -> None:
+    pytest.importorskip("skimage")
+    network = session()
+    clips = list(itertools.islice(video.labelled("judge"), 6))
+    carried = metrics.mean(metrics.errors(run(network, c.frames), c.alpha) for c in clips)
+    alone = metrics.mean(metrics.errors(run(network, c.frames, False), c.alpha) for c in clips)
+    blank = metrics.mean(metrics.errors(np.zeros_like(c.alpha), c.alpha) for c in clips)
+    assert carried.mad < 0.25 * blank.mad
+    assert carried.mad < alone.mad
+    assert carried.dtssd < alone.dtssd
+
+
+def test_eight_bits_keep_alpha_with_the_state_carried(
+    qcompile: Command, tmp_path: pathlib.Path
+) -> None:
+    result = qcompile(
+        video.path(video.MODEL), "--calib", video.path(video.CALIBRATION), "--state", video.STATE,
+        "--passes", "@int8-fast", "-o", tmp_path,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    report = json.loads((tmp_path / "report.json").read_text())
+    [alpha] = [output for output in report["outputs"] if output["name"] == "alpha"]
+    assert alpha["sqnr"] > 20
+
+
+def test_the_metric_of_the_command_line_is_the_mean_absolute_difference() -> None:
+    frames = np.array([0.5, 0.25], np.float32)
+    runs = [({"labels": np.zeros(1, np.float32)}, {"alpha": frame[None]}) for frame in frames]
+    assert metrics.mad_of_runs(runs) == pytest.approx(0.375)
+    assert getattr(metrics.mad_of_runs, "lower_is_better", False)
