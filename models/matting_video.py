@@ -5,7 +5,7 @@
 
 The network maps ``frame`` float32 [batch, 3, 96, 96] in 0..1 and the states ``r1`` .. ``r4`` to
 ``alpha`` [batch, 1, 96, 96] in 0..1 and the next states ``r1_out`` .. ``r4_out``; ``STATE`` is the
-text for ``--state``. ``train_matting`` makes both files.
+text for ``--state``. ``train_matting`` makes both files; README.md says how well it does.
 
 A clip shows one to three textured shapes with soft edges (ellipses, blobs, polygons) that move,
 turn, grow and cover each other before a textured background that moves as well. The textures are
