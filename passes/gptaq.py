@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qcompile.prefix import Prefix
 
 Doubles = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +42,10 @@ class Gptaq(Pass):
     float are left as they were, and counted.
 
     Where a layer has a bias, ``F`` and ``X`` are centred, and the layer gets the bias that keeps
-    the mean of each output.
+    the mean of each output. ``d`` is, layer by layer, that of a few shares of the mean of the
+    diagonal of ``X^T X`` (and no move at all) which is best on a fourth of the samples, found by
+    the others: a layer with more columns than rows would learn its samples by heart.
 
-    * ``ridge``: share of the mean of the diagonal of ``X^T X`` that is ``d``, above 0.
     * ``damping``: as in gptq, above 0.
     * ``samples``, ``rows``: how many calibration samples, and rows of each, are used at most.
     * ``exclude``: globs over the names and operator types of layers.
@@ -58,16 +60,14 @@ class Gptaq(Pass):
     needs: ClassVar[frozenset[str]] = frozenset({"torch"})
     source: ClassVar[str] = "after GPTAQ, arXiv 2504.02692"
 
-    ridge: float = 0.2
     damping: float = 0.1
     samples: int = 64
     rows: int = 128
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for option in ("damping", "ridge"):
-            if not getattr(self, option) > 0:
-                raise PassError(f"{option} must be above 0, got {getattr(self, option):g}")
+        if not self.damping > 0:
+            raise PassError(f"damping must be above 0, got {self.damping:g}")
         if self.samples < 1 or self.rows < 1:
             raise PassError(f"samples and rows start at 1, got {self.samples} and {self.rows}")
 
@@ -95,23 +95,25 @@ class Gptaq(Pass):
         return {"layers": done, "left alone": decided - done}
 
     def _fit(self, prefix: Prefix, block: Block, layer: Layer) -> None:
-        quantized, seen = prefix.quantized, self._seen(prefix, block, layer)
-        gram, cross = seen.gram, seen.cross
-        if layer.bias is not None and graph.is_constant(layer.bias.value):
-            # The bias makes good for the mean.
-            gram = gram - seen.found[:, :, None] * seen.found[:, None]
-            cross = cross - seen.wanted[:, :, None] * seen.found[:, None]
-        job = gptq.job(quantized.model, layer, gram)
-        codes, _ = gptq.fitted(moved(job, cross, self.ridge), self.damping)
+        quantized = prefix.quantized
+        folds = self._seen(prefix, block, layer)
+        seen = folds[0] + folds[1]
+        biased = layer.bias is not None and graph.is_constant(layer.bias.value)
+        job = gptq.job(quantized.model, layer, seen.gram(biased))
+        ridge = best_ridge(job.weight, *folds, biased)
+        goal = dataclasses.replace(job, weight=moved(job.weight, seen, ridge, biased))
+        codes, _ = gptq.fitted(goal, self.damping)
         quantized.codes[quantized.key(layer)] = patches.from_matrix(layer, codes)
-        if layer.bias is not None and graph.is_constant(layer.bias.value):
+        if layer.bias is not None and biased:
             bias = graph.constant(layer.bias.value)
             rounded = codes * job.scale.astype(np.float64)
-            lost = np.einsum("gnk,gk->gn", job.weight, seen.wanted)
-            lost = lost - np.einsum("gnk,gk->gn", rounded, seen.found)
-            quantized.biases[layer.name] = (bias + lost.reshape(-1)).astype(bias.dtype)
+            wanted, found = seen.means()
+            lost = np.einsum("gnk,gk->gn", job.weight, wanted)
+            lost = lost - np.einsum("gnk,gk->gn", rounded, found)
+            quantized.biases[layer.name] = (bias + lost.reshape(bias.shape)).astype(bias.dtype)
 
-    def _seen(self, prefix: Prefix, block: Block, layer: Layer) -> _Seen:
+    def _seen(self, prefix: Prefix, block: Block, layer: Layer) -> tuple[Seen, Seen]:
+        """What the layer reads: of three samples in four, and of the fourth."""
         import torch
 
         kind = patches.of(layer)
@@ -120,9 +122,7 @@ class Gptaq(Pass):
         at, after = prefix.quantized.maps(block)
         here = at.get((layer.node.name or "", layer.input.index))
         entered = prefix.function(block, [name])
-        gram, cross = np.zeros(kind.shape), np.zeros(kind.shape)
-        means = [np.zeros(kind.shape[:-1]), np.zeros(kind.shape[:-1])]
-        rows = 0
+        folds = [Seen.nothing(kind), Seen.nothing(kind)]
         for number in range(len(prefix.samples)):
             with torch.no_grad():
                 floats = prefix.float.feeds(block.inputs, number)
@@ -134,36 +134,87 @@ class Gptaq(Pass):
                 counted = prefix.samples[number][prefix.mask].astype(bool)
                 arrays = [array[counted] for array in arrays]
             for both in zip(*(kind.blocks(a, self.rows) for a in arrays), strict=True):
-                one, other = (np.asarray(part, np.float32) for part in both)
-                gram += np.swapaxes(other, -1, -2) @ other
-                cross += np.swapaxes(one, -1, -2) @ other
-                means[0] += one.sum(axis=-2, dtype=np.float64)
-                means[1] += other.sum(axis=-2, dtype=np.float64)
-                rows += one.shape[-2]
-        square, each, rows = (-1, *kind.shape[-2:]), (-1, kind.columns), max(rows, 1)
-        return _Seen(
-            gram.reshape(square) / rows, cross.reshape(square) / rows,
-            means[0].reshape(each) / rows, means[1].reshape(each) / rows,
-        )  # fmt: skip
+                folds[number % 4 == 3] += Seen.of(*(np.asarray(p, np.float32) for p in both))
+        return folds[0], folds[1]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Seen:
-    """``X^T X`` and ``F^T X`` [groups, K, K], and means of ``F`` and ``X`` [groups, K], a row."""
+class Seen:
+    """Sums over rows: ``F^T X`` and ``X^T X`` [groups, K, K], ``F`` and ``X`` [groups, K]."""
 
-    gram: Doubles
     cross: Doubles
+    square: Doubles
     wanted: Doubles
     found: Doubles
+    rows: int
+
+    @staticmethod
+    def nothing(kind: patches.Rows) -> Seen:
+        """Of no rows."""
+        square, each = (kind.groups, *kind.shape[-2:]), (kind.groups, kind.columns)
+        return Seen(np.zeros(square), np.zeros(square), np.zeros(each), np.zeros(each), 0)
+
+    @staticmethod
+    def of(wanted: Floats, found: Floats) -> Seen:
+        """Of some rows [rows, K] or [groups, rows, K]."""
+        wanted, found = (rows.reshape(-1, *rows.shape[-2:]) for rows in (wanted, found))
+        flipped = np.swapaxes(wanted, -1, -2), np.swapaxes(found, -1, -2)
+        return Seen(
+            (flipped[0] @ found).astype(np.float64), (flipped[1] @ found).astype(np.float64),
+            wanted.sum(axis=-2, dtype=np.float64), found.sum(axis=-2, dtype=np.float64),
+            wanted.shape[-2],
+        )  # fmt: skip
+
+    def __add__(self, other: Seen) -> Seen:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Seen(*(one + two for one, two in pairs))
+
+    def means(self) -> tuple[Doubles, Doubles]:
+        """Of ``F`` and of ``X`` [groups, K]."""
+        return self.wanted / max(self.rows, 1), self.found / max(self.rows, 1)
+
+    def products(self, centred: bool) -> tuple[Doubles, Doubles]:
+        """``F^T X`` and ``X^T X`` a row, without the means if ``centred``."""
+        cross, square = self.cross / max(self.rows, 1), self.square / max(self.rows, 1)
+        if not centred:
+            return cross, square
+        wanted, found = self.means()
+        return cross - wanted[:, :, None] * found[:, None], square - found[:, :, None] * found[
+            :, None
+        ]
+
+    def gram(self, centred: bool) -> Doubles:
+        """``X^T X`` a row."""
+        return self.products(centred)[1]
 
 
-def moved(job: gptq.Job, cross: Doubles, damping: float) -> gptq.Job:
-    """``job`` with the weight moved to give of ``X`` what it gave of ``F``; ``cross`` is F^T X."""
-    diagonal = np.einsum("gkk->gk", job.gram)
-    ridge = damping * diagonal.mean(axis=1)[:, None, None] * np.eye(job.gram.shape[-1])
-    ridge[diagonal.mean(axis=1) == 0] = np.eye(job.gram.shape[-1])
-    # W (C + d) (H + d)^-1, with the symmetric factor solved for from the right.
-    target = job.weight.astype(np.float64) @ (cross + ridge)
+# Shares of the mean of the diagonal; the last moves no weight.
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, np.inf)
+
+
+def best_ridge(weight: Floats, fit: Seen, apart: Seen, centred: bool) -> float:
+    """The one of ``RIDGES`` with which the weight found by ``fit`` errs least on ``apart``."""
+    if not fit.rows or not apart.rows:
+        return np.inf
+    cross, square = apart.products(centred)
+
+    def error(ridge: float) -> float:
+        goal = moved(weight, fit, ridge, centred).astype(np.float64)
+        # |F W^T - X G^T|^2 but for |F W^T|^2, which is the same for all.
+        return float(np.sum((goal @ square - 2 * (weight.astype(np.float64) @ cross)) * goal))
+
+    return min(RIDGES, key=error)
+
+
+def moved(weight: Floats, seen: Seen, ridge: float, centred: bool) -> Floats:
+    """``W (F^T X + d) (X^T X + d)^-1`` with ``d`` the share ``ridge`` of the mean square."""
+    if not np.isfinite(ridge):
+        return weight
     library: Any = np.linalg  # partly untyped
-    solved: Doubles = library.solve(job.gram + ridge, np.swapaxes(target, -1, -2))
-    return dataclasses.replace(job, weight=np.swapaxes(solved, -1, -2).astype(np.float32))
+    cross, square = seen.products(centred)
+    mean = np.einsum("gkk->gk", square).mean(axis=1)[:, None, None]
+    mean[mean == 0] = 1.0  # an input that is always the same
+    added = ridge * mean * np.eye(weight.shape[2])
+    target = np.swapaxes(weight.astype(np.float64) @ (cross + added), -1, -2)
+    found: Doubles = library.solve(square + added, target)
+    return np.swapaxes(found, -1, -2).astype(np.float32)

@@ -158,14 +158,14 @@ class Quantized:
         for layer in graph.layers(self.model):
             if layer.weight.spec is None:
                 continue
-            fitted = layer.name in self.biases or bool(spec.bias(layer.node))
-            bias = self.bias(layer) if fitted else None
-            gain = self.gains.get(layer.name)
+            # Read first: a fitted bias goes when other decisions are written.
+            bias, gain = self.bias(layer), self.gains.get(layer.name)
+            fitted = gain is not None or layer.name in self.biases or bool(spec.bias(layer.node))
             if gain is not None or self.key(layer) in self.codes:
                 decisions.write_codes(self.model, [layer], self.codes_of(layer))
             if gain is not None:
-                bias = self._fold(layer, gain)
-            if bias is not None:  # which goes when other decisions are written
+                bias = self._fold(layer, gain, bias)
+            if fitted and bias is not None:
                 decisions.write_bias(self.model, layer, bias)
         for value in graph.values(self.model):
             found = graph.range_of(self.model, value)
@@ -174,8 +174,10 @@ class Quantized:
                 graph.set_range(self.model, value, found[0] * factor, found[1] * factor)
         graph.remove_dead(self.model)
 
-    def _fold(self, layer: Layer, gain: Gain) -> npt.NDArray[Any] | None:
-        """Put ``gain`` into the scale of the weight, and return the bias that goes with it."""
+    def _fold(
+        self, layer: Layer, gain: Gain, bias: npt.NDArray[Any] | None
+    ) -> npt.NDArray[Any] | None:
+        """Put ``gain`` into the scale of the weight, and return what ``bias`` becomes."""
         decided = layer.weight.spec
         assert decided is not None
         factor = gain.factor.detach().cpu().numpy()
@@ -183,7 +185,6 @@ class Quantized:
         if factor.size > 1 and decided.block is not None:
             factor = np.moveaxis(factor[(...,) + (None,) * (scale.ndim - 1)], 0, layer.channel_axis)
         scaled = graph.add_constant(self.model, decided.scale, (scale * factor).astype(scale.dtype))
-        bias = self.bias(layer)
         layer.weight.decide(dataclasses.replace(decided, scale=scaled.name or ""))
         if bias is None:
             return None
