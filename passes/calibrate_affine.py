@@ -47,7 +47,7 @@ class CalibrateAffine(Pass):
       the control, ranges alone.
     * ``steps``, ``batch``, ``rate``: steps of Adam, samples or runs of frames in each, and its rate
       for ``g``, ``t`` and the logarithm of ranges, falling to 0 along half a cosine.
-    * ``samples``: how many calibration samples are used at most; an eighth of them (sequences, with
+    * ``samples``: how many calibration samples are used at most; an eighth of all (sequences, with
       a state) is kept apart, and everything is dropped if it is worse there.
     * ``device``: ``cpu`` or ``cuda``.
 
@@ -90,11 +90,10 @@ class CalibrateAffine(Pass):
 
         assert ctx.target is not None
         data = ctx.data()
-        samples = data.samples.some(self.samples)
-        apart = max(1, samples.sequences // 8)
+        samples, kept = data.to_fit(self.samples)
         quantized = Quantized(model, ctx.target, self.device)
         whole = blocks.whole(model)
-        prefix = Prefix(quantized, [whole], samples, data.mask)
+        prefix, apart = (Prefix(quantized, [whole], s, data.mask) for s in (samples, kept))
         given = set(samples.state.values())
         outputs = [name for name in whole.outputs if name not in given]
         term = _flow_term(prefix, outputs, self.flow_weight) if self.temporal == "flow" else None

@@ -47,7 +47,8 @@ class Gptaq(Pass):
     the others: a layer with more columns than rows would learn its samples by heart.
 
     * ``damping``: as in gptq, above 0.
-    * ``samples``, ``rows``: how many calibration samples, and rows of each, are used at most.
+    * ``samples``, ``rows``: how many calibration samples, and rows of each, are used at most; the
+      eighth that other fits keep apart is not.
     * ``exclude``: globs over the names and operator types of layers.
     """
 
@@ -79,7 +80,8 @@ class Gptaq(Pass):
         data, excluded = ctx.data(), graph.select(model, self.exclude, "exclude")
         quantized = Quantized(model, ctx.target)
         parts = blocks.partition(model, data.state, "layer")
-        prefix = Prefix(quantized, parts, data.samples.some(self.samples), data.mask)
+        samples, _ = data.to_fit(self.samples)
+        prefix = Prefix(quantized, parts, samples, data.mask)
         left = {layer.node for layer in excluded}
         done = 0
         for number in map(int, ctx.progress(range(len(parts)), "gptaq", len(parts))):

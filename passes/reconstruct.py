@@ -39,7 +39,7 @@ class Reconstruct(Pass):
     * ``granularity``: ``block`` (residual blocks, modules: see ``qcompile.blocks``) or ``layer``.
     * ``steps``, ``batch``: steps for each block, and samples in each step.
     * ``rate``, ``range-rate``: of Adam, for ``V`` and for ``f``.
-    * ``samples``: how many calibration samples are used at most; an eighth of them (sequences, with
+    * ``samples``: how many calibration samples are used at most; an eighth of all (sequences, with
       a state) is kept apart. A block whose fit makes it worse on those keeps what it had, and all
       do if the outputs of the whole model get worse there.
     * ``device``: ``cpu`` or ``cuda``.
@@ -83,11 +83,10 @@ class Reconstruct(Pass):
 
         assert ctx.target is not None
         data = ctx.data()
-        samples = data.samples.some(self.samples)
-        apart = max(1, samples.sequences // 8)
+        samples, kept = data.to_fit(self.samples)
         quantized = Quantized(model, ctx.target, self.device)
         parts = blocks.partition(model, samples.state, self.granularity)
-        prefix = Prefix(quantized, parts, samples, data.mask)
+        prefix, apart = (Prefix(quantized, parts, s, data.mask) for s in (samples, kept))
         engine = Engine(prefix, apart, self._settings(), ctx.rng)
         done: list[Fitted] = []
         for number in ctx.progress(range(len(parts)), "blocks", len(parts)):

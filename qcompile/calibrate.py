@@ -29,6 +29,8 @@ Observer = Literal["minmax", "histogram", "moments"]
 
 # At most this many sequences are kept to judge, and at most a fifth of all.
 JUDGES = 16
+# At most about this many samples decide whether a fit is kept.
+APART = 32
 BINS = 2048
 # A gram of this many columns takes half a GiB.
 LARGEST_GRAM = 8192
@@ -137,6 +139,15 @@ class Calibration:
     def digest(self) -> str:
         """A hash of all that statistics depend on, beside the model."""
         return f"{self.data.digest} {self.mask}" if self.mask else self.data.digest
+
+    def to_fit(self, most: int) -> tuple[Samples, Samples]:
+        """At most ``most`` samples to fit on, and up to 32 that no fit sees.
+
+        The latter decide whether a fit is kept. Of a single sequence both are the same.
+        """
+        kept = self.samples.sequences // 8 or min(1, self.samples.sequences - 1)
+        fit, apart = self.samples.split(kept)
+        return fit.some(most), (apart if kept else fit).some(APART)
 
     def stats(
         self, model: ir.Model, values: Sequence[str], observer: Observer

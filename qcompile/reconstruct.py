@@ -20,7 +20,7 @@ from qcompile import graph, rounding
 from qcompile.blocks import Block
 from qcompile.prefix import Prefix, Tensors
 from qcompile.quantized import Gain, Key, Maps, Spare
-from qcompile.sequences import Sample
+from qcompile.sequences import Sample, Samples
 from qcompile.torch_exec import TorchGraph
 
 
@@ -78,9 +78,8 @@ class Engine:
     """Fits the blocks of a quantized model one after the other.
 
     Args:
-        prefix: the model and its samples: what to fit on, and behind it what decides whether a fit
-            is kept.
-        apart: how many of the last sequences of the samples decide.
+        prefix: the model, and the samples to fit on.
+        apart: the same model, and the samples that decide whether a fit is kept.
         settings: how.
         rng: randomness by key.
         outputs: what is compared of each block; all floats that it writes if None.
@@ -92,7 +91,7 @@ class Engine:
     def __init__(
         self,
         prefix: Prefix,
-        apart: int,
+        apart: Prefix,
         settings: Settings,
         rng: Callable[[str], np.random.Generator],
         outputs: Sequence[str] | None = None,
@@ -103,17 +102,17 @@ class Engine:
         self.outputs = outputs
         self.term = term
         self.prefix = prefix
+        self.apart = apart
         self.settings = settings
         self.rng = rng
-        fit, kept = prefix.samples.split(apart)
-        self.fit = range(len(fit))
-        self.apart = range(len(fit), len(fit) + len(kept))
 
     def step(self, number: int) -> Fitted | None:
         """Fit block ``number`` and run it; None if it has nothing to fit."""
         part = self.prefix.enter(number)
+        self.apart.enter(number)
         done = _Fit(self, part, self.prefix.blocks[number]).run()
-        self.prefix.leave(number, part)
+        for prefix in (self.prefix, self.apart):
+            prefix.leave(number, part)
         return done
 
 
@@ -233,7 +232,7 @@ class _Fit:
 
     def _drawn(self, rng: np.random.Generator) -> Iterator[list[Window]]:
         """The windows of each step, in a new order in each round through all of them."""
-        windows = self._windows(self._engine.fit)
+        windows = self._windows()
         batch = min(self._settings.batch, len(windows))
         order: list[int] = []
         for _ in range(self._settings.steps):
@@ -242,11 +241,10 @@ class _Fit:
             yield [windows[index] for index in order[:batch]]
             del order[:batch]
 
-    def _windows(self, numbers: range) -> list[Window]:
-        if not self._state:
-            return [[number] for number in numbers]
+    def _windows(self) -> list[Window]:
+        """The samples to draw from; with a state, frames in a row."""
         long = self._settings.frames
-        spans = [s for s in self._prefix.samples.spans() if s.start in numbers]
+        spans = _windows(self._prefix.samples, bool(self._state))
         return [span[at : at + long] for span in spans for at in range(0, len(span), long)]
 
     def _loss(self, windows: Sequence[Window], maps: Maps, spare: Spare | None) -> Tensor:
@@ -260,7 +258,9 @@ class _Fit:
             found = self._part(feeds, *maps)
             losses += [
                 noise / torch.clamp(power, min=1e-30)
-                for noise, power in self._powers(found, self._wanted(numbers, feeds), numbers)
+                for noise, power in self._powers(
+                    found, self._wanted(numbers, feeds), numbers, self._prefix
+                )
             ]
             state = {taken: found[given] for taken, given in self._state.items()}
             results.append(found)
@@ -269,27 +269,27 @@ class _Fit:
 
     def _error(self) -> float:
         """The relative error of the block as it is rounded now, on the samples apart."""
-        maps = self._quantized.maps(self._block)
+        maps, apart = self._quantized.maps(self._block), self._engine.apart
         noises = dict.fromkeys(self._outputs, 0.0)
         powers = dict.fromkeys(self._outputs, 0.0)
         with torch.no_grad():
-            spans = [s for s in self._prefix.samples.spans() if s.start in self._engine.apart]
-            for span in spans if self._state else [[n] for n in self._engine.apart]:
+            for span in _windows(apart.samples, bool(self._state)):
                 state: Tensors = {}
                 for number in span:
-                    found = self._part(self._read([number], None, mixed=False) | state, *maps)
-                    each = self._powers(found, self._float([number]), [number])
+                    feeds = apart.tensors(apart.feeds(self._block, number)) | state
+                    found = self._part(feeds, *maps)
+                    each = self._powers(found, self._float([number], apart), [number], apart)
                     for name, (noise, power) in zip(self._outputs, each, strict=True):
                         noises[name] += float(noise)
                         powers[name] += float(power)
                     state = {taken: found[given] for taken, given in self._state.items()}
         return float(np.mean([noises[name] / max(powers[name], 1e-30) for name in self._outputs]))
 
-    def _read(self, numbers: Sequence[int], spare: Spare | None, mixed: bool = True) -> Tensors:
+    def _read(self, numbers: Sequence[int], spare: Spare | None) -> Tensors:
         """What the block reads of samples, as one batch; states are those of the float model."""
         prefix = self._prefix
         given = self._joined([prefix.float.feeds(self._block.inputs, n) for n in numbers])
-        if mixed and not self._settings.prefix:
+        if not self._settings.prefix:
             return given
         rounded = self._joined([prefix.feeds(self._block, n) for n in numbers])
         if spare is not None:
@@ -300,22 +300,22 @@ class _Fit:
 
     def _wanted(self, numbers: Sequence[int], feeds: Tensors) -> Tensors:
         if self._settings.target == "float":
-            return self._float(numbers)
+            return self._float(numbers, self._prefix)
         with torch.no_grad():
             return self._part(feeds)
 
-    def _float(self, numbers: Sequence[int]) -> Tensors:
-        value = self._prefix.float.value
+    def _float(self, numbers: Sequence[int], prefix: Prefix) -> Tensors:
+        value = prefix.float.value
         return self._joined([{name: value(name, n) for name in self._outputs} for n in numbers])
 
     def _powers(
-        self, found: Tensors, wanted: Tensors, numbers: Sequence[int]
+        self, found: Tensors, wanted: Tensors, numbers: Sequence[int], prefix: Prefix
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The power of the error and of what is wanted, of each output, where positions count."""
         for name in self._outputs:
             noise, power = (found[name] - wanted[name]) ** 2, wanted[name] ** 2
-            if self._prefix.mask is not None and name in self._prefix.lined:
-                samples, mask = self._prefix.samples, self._prefix.mask
+            if prefix.mask is not None and name in prefix.lined:
+                samples, mask = prefix.samples, prefix.mask
                 counted = self._joined([{mask: samples[n][mask]} for n in numbers])[mask]
                 counted = counted.to(noise).reshape(counted.shape + (1,) * (noise.dim() - 2))
                 noise, power = noise * counted, power * counted
@@ -337,7 +337,7 @@ class _Fit:
 
         Tried, since a graph may say so nowhere: it has batches if the first axis is one.
         """
-        windows = self._windows(self._engine.fit)
+        windows = self._windows()
         pairs = [g for g in _alike(windows, self._shapes) if len(g) > 1]
         if not pairs or any(len(shape) == 0 for shape in self._shapes(pairs[0][0])[1:]):
             return False
@@ -357,6 +357,11 @@ class _Fit:
             )
             for name in self._block.outputs
         )
+
+
+def _windows(samples: Samples, state: bool) -> list[range]:
+    """The numbers of ``samples``, each alone, or with ``state`` those of a sequence in a row."""
+    return samples.spans() if state else [range(n, n + 1) for n in range(len(samples))]
 
 
 def _add_gradient(loss: Tensor) -> None:
