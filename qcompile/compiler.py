@@ -171,7 +171,7 @@ class Compiler:
         self._findings = [f"the model as captured: {f}" for f in self._known]
         self._part = crash.Part(reference, self.text, str(self.targets[0]), calibration)
         judge = simulate.Judge(reference, calibration.judges) if calibration else None
-        self._check_conversion(source, reference, judge)
+        self._check_conversion(source, model, reference, judge)
         self._evaluation = self._evaluated(model, image, reference)
         shared, forked = pipeline.fork(self.passes)
         context = self._context(calibration, reference, self.targets[0])
@@ -232,16 +232,18 @@ class Compiler:
         return model, steps
 
     def _check_conversion(
-        self, source: Any, reference: ir.Model, judge: simulate.Judge | None
+        self, source: Any, model: ir.Model, reference: ir.Model, judge: simulate.Judge | None
     ) -> None:
-        """Run the file as it came against the model as captured, if its opset was converted."""
-        original = capture.read(source)
-        if original is None or opset.of(original) >= opset.CONVERTED:
+        """Run the file as it came against the captured ``model``, if its opset was converted."""
+        given = model.meta.get(capture.GIVEN_OPSET, opset.CONVERTED)
+        if given >= opset.CONVERTED:
             return
-        what = f"converting opset {opset.of(original)} to {opset.CONVERTED}"
+        what = f"converting opset {given} to {opset.CONVERTED}"
         if judge is None:
             self._findings.append(f"{what} was not checked by running: there is no data")
             return
+        original = capture.read(source)
+        assert original is not None  # it has an opset
         self._fold(original)
         try:
             session = execute.Session(original, optimize=False)

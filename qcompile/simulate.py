@@ -132,14 +132,15 @@ def layer_sqnr(
     if not shared:
         return {}
     state = Samples.of(samples).state
-    one, other = (
-        sequences.carry(
-            Session(sequences.fetch(model, shared, state), optimize=False), samples, state, shared
-        )
-        for model in (reference, lowered)
-    )
-    pairs = ((wanted, actual) for (_, wanted), (_, actual) in zip(one, other, strict=True))
-    return _sqnr_of(shared, pairs)
+
+    def runs(model: ir.Model) -> Iterable[dict[str, Array]]:
+        session = Session(sequences.fetch(model, shared, state), optimize=False)
+        return (found for _, found in sequences.carry(session, samples, state, shared))
+
+    wanted = Spill()  # one session at a time: both hold all values
+    for found in runs(reference):
+        wanted.append(found)
+    return _sqnr_of(shared, zip(wanted, runs(lowered), strict=True))
 
 
 def _sqnr_of(
