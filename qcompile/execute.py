@@ -61,6 +61,8 @@ class Session:
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
         if not optimize:
+            # Such a session runs few samples, and an arena keeps room for all values at once.
+            options.enable_cpu_mem_arena = False
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._stack = contextlib.ExitStack()
         try:

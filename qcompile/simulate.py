@@ -8,7 +8,7 @@ runs on a device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,11 +133,12 @@ def layer_sqnr(
         return {}
     state = Samples.of(samples).state
 
-    def runs(model: ir.Model) -> Iterable[dict[str, Array]]:
+    def runs(model: ir.Model) -> Iterator[dict[str, Array]]:
         session = Session(sequences.fetch(model, shared, state), optimize=False)
-        return (found for _, found in sequences.carry(session, samples, state, shared))
+        for _, found in sequences.carry(session, samples, state, shared):
+            yield from ({name: found[name]} for name in shared)
 
-    wanted = Spill()  # one session at a time: both hold all values
+    wanted = Spill()  # one session at a time, and one value: all together are large
     for found in runs(reference):
         wanted.append(found)
     return _sqnr_of(shared, zip(wanted, runs(lowered), strict=True))
@@ -150,7 +151,7 @@ def _sqnr_of(
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     compared: set[str] = set()
     for wanted, actual in pairs:
-        for name in names:
+        for name in wanted.keys() & names:
             if np.shape(wanted[name]) != np.shape(actual[name]):
                 continue
             compared.add(name)
