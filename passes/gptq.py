@@ -29,7 +29,7 @@ from qcompile.spec import TensorSpec
 Doubles = npt.NDArray[np.float64]
 
 # Columns that are rounded before the rest of the matrix is brought up to date, in one product.
-_BATCH = 128
+_BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)

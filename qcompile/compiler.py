@@ -51,7 +51,6 @@ from qcompile.errors import (
     RequirementError,
     TargetError,
 )
-from qcompile.execute import Session
 from qcompile.images import Image
 from qcompile.measure import Judged, Made
 from qcompile.options import Options, parse_target
@@ -109,7 +108,6 @@ class Compiler:
         self.bound = None if options.max_drop is None else Bound.parse(options.max_drop)
         self.reading = options.reading()
         self._findings: list[str] = []
-        self._measured: dict[str, float] = {}  # the last, by the text of the graph
         self.text = recipes.expand(options.passes)
         self.passes = pipeline.parse(self.text, registry.passes())
         self.targets = [parse_target(t) for t in options.targets]
@@ -235,8 +233,8 @@ class Compiler:
         self, source: Any, model: ir.Model, reference: ir.Model, judge: simulate.Judge | None
     ) -> None:
         """Run the file as it came against the captured ``model``, if its opset was converted."""
-        given = model.meta.get(capture.GIVEN_OPSET, opset.CONVERTED)
-        if given >= opset.CONVERTED:
+        given = capture.given_opset(model)
+        if given is None or given >= opset.CONVERTED:
             return
         what = f"converting opset {given} to {opset.CONVERTED}"
         if judge is None:
@@ -408,11 +406,7 @@ class Compiler:
     ) -> Watch:
         def measure(model: ir.Model) -> float:
             assert judge is not None
-            lowered = simulate.lowered(model, target)
-            key = text.render(lowered, weights=True)  # the lowering is measured before it is run
-            if key not in self._measured:
-                self._measured = {key: judge.worst(Session(lowered, optimize=False))}
-            return self._measured[key]
+            return judge.worst(judge.simulated(simulate.lowered(model, target)))
 
         def after(position: int, step: Pass, model: ir.Model, done: Step) -> None:
             self._observe(position, step, model, done, place)

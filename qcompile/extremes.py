@@ -126,7 +126,7 @@ def _pooled(model: ir.Model, value: ir.Value, kind: str) -> ir.Value:
     The runtime pools what a Conv writes as that left it; any other look has it laid out anew.
     """
     dims = value.shape if value.dtype == ir.DataType.FLOAT else None
-    if dims is None or len(dims) != 4 or not all(isinstance(d, int) and d > 0 for d in dims):
+    if dims is None or len(dims) != 4 or not all(isinstance(d, int) and d > 0 for d in dims[2:]):
         return value
     pool = "GlobalMaxPool" if kind == "ReduceMax" else "GlobalAveragePool"
     return _add(model, pool, [value], value.dtype)
