@@ -31,7 +31,7 @@ Observer = Literal["minmax", "histogram", "moments"]
 JUDGES = 16
 BINS = 2048
 # Numbers that are counted at once: what is made of them stays in the cache.
-_PART = 1 << 16
+_PART = 1 << 14
 # A gram of this many columns takes half a GiB.
 LARGEST_GRAM = 8192
 # Rows, or numbers in all groups, that are multiplied at once: a product of fewer rows takes no less
@@ -282,9 +282,11 @@ class Calibration:
             low, high = edges[name][0], edges[name][-1]
             numbers = array.ravel()
             for first in range(0, numbers.size, _PART):
-                shifted = numbers[first : first + _PART].astype(np.float64) - low
-                index = (shifted * (BINS / (high - low))).astype(np.int64)
-                counts[name] += np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS)
+                place = numbers[first : first + _PART].astype(np.float64)
+                place -= low
+                place *= BINS / (high - low)
+                np.clip(place, 0, BINS - 1, out=place)
+                counts[name] += np.bincount(place.astype(np.int64), minlength=BINS)
         return {v: Histogram(counts[v], edges[v]) for v in ranges}
 
     def moments(

@@ -66,4 +66,4 @@ def finish(
 
 
 def _plain(row: Any) -> dict[str, Any]:
-    return dataclasses.asdict(row) if dataclasses.is_dataclass(type(row)) else dict(row)
+    return dict(row) if hasattr(row, "keys") else dataclasses.asdict(row)
