@@ -31,13 +31,14 @@ Observer = Literal["minmax", "histogram", "moments"]
 JUDGES = 16
 BINS = 2048
 # Numbers that are counted at once: what is made of them stays in the cache.
-_PART = 1 << 14
+_PART = 1 << 16
 # A gram of this many columns takes half a GiB.
 LARGEST_GRAM = 8192
 # Rows, or numbers in all groups, that are multiplied at once: a product of fewer rows takes no less
 # than reading the matrix.
 GRAM_ROWS, GRAM_NUMBERS = 1024, 1 << 21
-# Rows for each column, above which more of them change a gram by less than its damping does.
+# Drawn rows for each column: correlations of the columns of a Conv with few are then as well known
+# as those of the widest layers, which have fewer rows a column.
 ENOUGH_ROWS = 50
 # Above this grams that are not asked for again are forgotten.
 GRAM_BYTES = 1 << 30
@@ -168,7 +169,8 @@ class Calibration:
 
         ``X`` is the matrix that the weight is multiplied with: rows of a MatMul or Gemm, patches of
         a Conv. Memory is that of the matrices; layers that read one input alike share theirs. At
-        most ``samples`` samples and ``rows`` rows of each, if given.
+        most ``samples`` samples and ``rows`` rows of each, if given, and then about ENOUGH_ROWS a
+        column in all; each sample has a draw of its own.
 
         Raises CalibrationError for layers of another kind, above LARGEST_GRAM columns, and, naming
         value and sample, if an input is NaN or infinite.

@@ -81,8 +81,8 @@ def reduced(
 
     Three scalars a value: minimum, maximum and sum, which is NaN if an element is, and where it
     overflows in both directions. Of the values ``lined`` the positions where the input ``mask`` is
-    0 do not count. Of what a Relu or Clip wrote the minimum is not looked for: it counts as where
-    they cut, which no grid starts above.
+    0 do not count. The minimum of what a Relu, or a Clip from zero, wrote is not looked for: it
+    counts as zero, which every grid holds.
     """
     clone = sequences.fetch(model, values, state)
     by_name = {v.name or "": v for v in clone.graph.outputs}
@@ -95,13 +95,13 @@ def reduced(
     for name in values:
         for kind, padding in _PADDING.items():
             read = by_name[name]
-            least = _least(read)
-            if kind == "ReduceMin" and least is not None:
-                answers.append(_constant(clone, np.array(least, np.float32), ir.DataType.FLOAT))
+            above_zero = _above_zero(read)
+            if kind == "ReduceMin" and above_zero:
+                answers.append(_constant(clone, np.zeros((), np.float32), ir.DataType.FLOAT))
                 continue
             if counts is not None and name in lined:
                 read = _kept(clone, read, counts, padding)
-            elif kind == "ReduceSum" or (kind == "ReduceMax" and least is not None):
+            elif kind == "ReduceSum" or (kind == "ReduceMax" and above_zero):
                 read = _pooled(clone, read, kind)
             if kind == "ReduceSum" and read.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
                 # Sums of shorter floats overflow.
@@ -113,11 +113,11 @@ def reduced(
     return clone, [answer.name or "" for answer in answers]
 
 
-def _least(value: ir.Value) -> float | None:
-    """Where the Relu or Clip that wrote ``value`` cuts it from below, zero or less; else None."""
+def _above_zero(value: ir.Value) -> bool:
+    """Whether a Relu, or a Clip from zero, wrote ``value``."""
     node = value.producer()
     ends = _cut(node) if node is not None else None
-    return ends[0][0] if ends and -math.inf < ends[0][0] <= 0 else None
+    return bool(ends) and ends[0][0] == 0.0
 
 
 def _pooled(model: ir.Model, value: ir.Value, kind: str) -> ir.Value:
