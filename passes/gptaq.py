@@ -113,7 +113,8 @@ class Gptaq(Pass):
             if prefix.mask is not None and name in prefix.lined:
                 counted = prefix.samples[number][prefix.mask].astype(bool)
                 arrays = [array[counted] for array in arrays]
-            for one, other in zip(*(kind.blocks(a, self.rows) for a in arrays), strict=True):
+            pairs = (kind.blocks(array, self.rows, draw=number) for array in arrays)
+            for one, other in zip(*pairs, strict=True):
                 gram += np.swapaxes(other, -1, -2) @ other
                 cross += np.swapaxes(one, -1, -2) @ other
                 seen += one.shape[-2]
