@@ -518,21 +518,6 @@ def range_owner(model: ir.Model, value: ir.Value) -> ir.Value | None:
 MOVES = frozenset(["MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"])
 
 
-def absorbed(value: ir.Value) -> ir.Value:
-    """The output of a ReLU or Clip from 0 that is the only reader of ``value``; else ``value``."""
-    read = graph.readers(value)
-    if len(read) != 1 or value.is_graph_output():
-        return value
-    node, index = read[0].node, read[0].index
-    if index == 0 and node.op_type == "Relu":
-        return node.outputs[0]
-    if index == 0 and node.op_type == "Clip" and len(node.inputs) > 1:
-        low = node.inputs[1]
-        if low is not None and graph.is_constant(low) and float(graph.constant(low)) == 0.0:
-            return node.outputs[0]
-    return value
-
-
 NO_RECURRENT = "a recurrent layer has no quantized form here yet"
 
 

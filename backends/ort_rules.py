@@ -20,7 +20,6 @@ from qcompile.backends import ort_embedding
 from qcompile.backends.base import (
     MOVES,
     Lowering,
-    absorbed,
     activation_range,
     affine,
     rules,
@@ -65,7 +64,7 @@ def _why_float(low: Lowering, layer: Layer) -> str:
     if entered is not None and entered.scale_from != "static" and layer.kind != "linear":
         return "only a linear layer takes its scale at run time: ConvInteger is slow"
     if layer.kind in ("conv", "depthwise") and layer.input and layer.input.spec:
-        value = absorbed(layer.output)
+        value = graph.absorbed(layer.output)
         if activation_range(low.model, value) is None:
             return f"no range for its output {value.name!r}: calibrate it"
     return ""
@@ -237,7 +236,7 @@ def conv_output(low: Lowering) -> int:
     for layer in low.layers:
         if layer.kind not in ("conv", "depthwise") or layer.node not in low.input_grids:
             continue
-        value = absorbed(layer.output)
+        value = graph.absorbed(layer.output)
         found = activation_range(low.model, value)
         assert found is not None  # keep-float saw to it
         low.pair_for_all(value, affine(low.input_grids[layer.node].format, found))
@@ -265,7 +264,7 @@ def between(low: Lowering) -> int:
             continue
         if not read or any(low.grid_of(v) is None for v in read):
             continue
-        value = absorbed(node.outputs[0])
+        value = graph.absorbed(node.outputs[0])
         found = activation_range(low.model, value)
         if found is None or low.grid_of(value) is not None:
             continue

@@ -30,7 +30,7 @@ class BiasCorrect(Pass):
     has no decided weight that is multiplied with rows.
 
     * ``samples``: how many calibration samples are used at most.
-    * ``rows``: rows of each sample that are used at most, drawn once for all.
+    * ``rows``: rows of each sample that are used at most; about 50 a column in all.
     * ``exclude``: globs over the names and operator types of layers.
     """
 

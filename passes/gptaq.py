@@ -135,7 +135,8 @@ class Gptaq(Pass):
             if prefix.mask is not None and name in prefix.lined:
                 counted = prefix.samples[number][prefix.mask].astype(bool)
                 arrays = [array[counted] for array in arrays]
-            for both in zip(*(kind.blocks(a, self.rows) for a in arrays), strict=True):
+            pairs = (kind.blocks(array, self.rows, draw=number) for array in arrays)
+            for both in zip(*pairs, strict=True):
                 folds[number % 4 == 3] += Seen.of(*(np.asarray(p, np.float32) for p in both))
         return folds[0], folds[1]
 
@@ -181,9 +182,8 @@ class Seen:
         if not centred:
             return cross, square
         wanted, found = self.means()
-        return cross - wanted[:, :, None] * found[:, None], square - found[:, :, None] * found[
-            :, None
-        ]
+        cross = cross - wanted[:, :, None] * found[:, None]
+        return cross, square - found[:, :, None] * found[:, None]
 
     def gram(self, centred: bool) -> Doubles:
         """``X^T X`` a row."""

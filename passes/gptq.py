@@ -29,7 +29,7 @@ from qcompile.spec import TensorSpec
 Doubles = npt.NDArray[np.float64]
 
 # Columns that are rounded before the rest of the matrix is brought up to date, in one product.
-_BATCH = 128
+_BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Gptq(Pass):
 
     * ``damping``: share of the mean of the diagonal that is added to it, above 0.
     * ``samples``: how many calibration samples are used at most.
-    * ``rows``: rows of ``X`` of each sample that are used at most, drawn once for all.
+    * ``rows``: rows of ``X`` of each sample that are used at most; about 50 a column in all.
     * ``exclude``: globs over the names and operator types of layers.
     """
 

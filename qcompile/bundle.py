@@ -28,7 +28,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import scipy.special  # pyright: ignore[reportMissingTypeStubs]
 
-from qcompile import selfcheck, sequences
+from qcompile import graph, selfcheck, sequences
 from qcompile.execute import Session
 from qcompile.selfcheck import Figure
 from qcompile.sequences import Sample, Samples, State
@@ -73,11 +73,11 @@ def write(folder: pathlib.Path, models: Compared, judges: Samples) -> str:
         return "there is no check for the device: numpy holds no inputs or outputs of such types"
     frames, lengths, fits = _within(frames, lengths, [reference, expected], kept)
     reference, expected = reference[: len(frames)], expected[: len(frames)]
-    # One session at a time: each holds the weights once more.
-    moved = [
-        _results(Session(rounded(models.lowered, draw), optimize=False), frames, state, names)
-        for draw in range(DRAWS)
-    ]
+    moved: list[list[dict[str, Array]]] = []
+    for draw in range(DRAWS):  # one at a time: each holds the weights once more
+        model = rounded(models.lowered, draw)
+        moved.append(_results(Session(model, optimize=False), frames, state, names))
+        graph.drop_weights(model)
     here = [] if models.actual is None else [_results(models.actual, frames, state, names)]
     inputs = list(dict.fromkeys(name for frame in frames for name in frame))
     spec = {

@@ -32,10 +32,16 @@ JUDGES = 16
 # At most about this many samples decide whether a fit is kept.
 APART = 32
 BINS = 2048
+# Numbers that are counted at once: what is made of them stays in the cache.
+_PART = 1 << 16
 # A gram of this many columns takes half a GiB.
 LARGEST_GRAM = 8192
-# Rows that are multiplied at once: a product of few is no faster than reading the matrix.
-GRAM_ROWS = 1024
+# Rows, or numbers in all groups, that are multiplied at once: a product of fewer rows takes no less
+# than reading the matrix.
+GRAM_ROWS, GRAM_NUMBERS = 1024, 1 << 21
+# Drawn rows for each column: correlations of the columns of a Conv with few are then as well known
+# as those of the widest layers, which have fewer rows a column.
+ENOUGH_ROWS = 50
 # Above this grams that are not asked for again are forgotten.
 GRAM_BYTES = 1 << 30
 
@@ -174,7 +180,8 @@ class Calibration:
 
         ``X`` is the matrix that the weight is multiplied with: rows of a MatMul or Gemm, patches of
         a Conv. Memory is that of the matrices; layers that read one input alike share theirs. At
-        most ``samples`` samples and ``rows`` rows of each, if given.
+        most ``samples`` samples and ``rows`` rows of each, if given, and then about ENOUGH_ROWS a
+        column in all; each sample has a draw of its own.
 
         Raises CalibrationError for layers of another kind, above LARGEST_GRAM columns, and, naming
         value and sample, if an input is NaN or infinite.
@@ -254,7 +261,8 @@ class Calibration:
         runs = sequences.carry(session, self._swept("ranges", self.samples), self.state, answers)
         for number, (feeds, results) in enumerate(runs):
             self._counted(feeds, self.samples.where(number))
-            rows = np.array(list(results.values()), np.float64).reshape(-1, 3)
+            numbers = map(float, results.values())  # one by one is faster than an array of arrays
+            rows = np.fromiter(numbers, np.float64, len(results)).reshape(-1, 3)
             read, nans = rows[:, :2], np.isnan(rows[:, 2])
             for index in map(int, np.flatnonzero(nans | ~np.isfinite(read).all(axis=1))):
                 ends = tuple(map(float, read[index]))
@@ -283,12 +291,15 @@ class Calibration:
     def _histograms(self, model: ir.Model, ranges: Mapping[str, MinMax]) -> dict[str, Histogram]:
         edges = {v: _edges(r) for v, r in ranges.items()}
         counts = {v: np.zeros(BINS, np.int64) for v in ranges}
-        for name, array in self._observed(model, list(ranges), "histograms"):
+        for _, name, array in self._observed(model, list(ranges), "histograms"):
             low, high = edges[name][0], edges[name][-1]
-            index = ((array.ravel().astype(np.float64) - low) * (BINS / (high - low))).astype(
-                np.int64
-            )
-            counts[name] += np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS)
+            numbers = array.ravel()
+            for first in range(0, numbers.size, _PART):
+                place = numbers[first : first + _PART].astype(np.float64)
+                place -= low
+                place *= BINS / (high - low)
+                np.clip(place, 0, BINS - 1, out=place)
+                counts[name] += np.bincount(place.astype(np.int64), minlength=BINS)
         return {v: Histogram(counts[v], edges[v]) for v in ranges}
 
     def moments(
@@ -315,7 +326,7 @@ class Calibration:
         samples: Samples | None = None,
     ) -> dict[str, Moments]:
         found: dict[str, Moments] = {}
-        for name, array in self._observed(model, values, "moments", samples):
+        for _, name, array in self._observed(model, values, "moments", samples):
             channel = 1 if array.ndim == 2 or array.ndim >= 4 else -1
             channel = channel if axes is None else axes[name]
             rows = np.moveaxis(array, channel, -1).reshape(-1, array.shape[channel])
@@ -337,18 +348,21 @@ class Calibration:
         waiting: dict[tuple[str, str], list[Array]] = {key: [] for key in found}
 
         def multiply(key: tuple[str, str]) -> None:
-            columns = np.concatenate(waiting[key], axis=-2)
-            waiting[key].clear()
-            found[key].matrix[...] += np.swapaxes(columns, -1, -2) @ columns
-            found[key].total[...] += columns.sum(axis=-2)
-            rows = found[key].rows + columns.shape[-2]
-            found[key] = dataclasses.replace(found[key], rows=rows)
+            blocks, gram = waiting[key], found[key]
+            columns = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-2)
+            blocks.clear()
+            count = columns.shape[-2]
+            gram.matrix[...] += np.swapaxes(columns, -1, -2) @ columns
+            gram.total[...] += np.ones(count, np.float32) @ columns
+            found[key] = dataclasses.replace(gram, rows=gram.rows + count)
 
-        for name, array in self._observed(model, list(readers), "grams", samples):
+        for number, name, array in self._observed(model, list(readers), "grams", samples):
             for key, kind in readers[name]:
-                for block in kind.blocks(array, most):
-                    waiting[key].append(np.ascontiguousarray(block, np.float32))
-                    if sum(block.shape[-2] for block in waiting[key]) >= GRAM_ROWS:
+                enough = math.ceil(ENOUGH_ROWS * kind.columns / len(samples))
+                for block in kind.blocks(array, most and min(most, enough), draw=number):
+                    waiting[key].append(np.asarray(block, np.float32))
+                    rows = sum(b.shape[-2] for b in waiting[key])
+                    if rows >= GRAM_ROWS or rows * kind.groups * kind.columns >= GRAM_NUMBERS:
                         multiply(key)
         for key in found:
             if waiting[key]:
@@ -357,8 +371,8 @@ class Calibration:
 
     def _observed(
         self, model: ir.Model, values: Sequence[str], label: str, samples: Samples | None = None
-    ) -> Iterator[tuple[str, Array]]:
-        """Each of ``values`` for each of ``samples`` (all if None), by name.
+    ) -> Iterator[tuple[int, str, Array]]:
+        """Each of ``values`` for each of ``samples`` (all if None): its number, name and array.
 
         Of what lines up with the mask only the positions that count, their axes as one: [count,
         ...]. Raises CalibrationError if one is NaN or infinite.
@@ -375,7 +389,7 @@ class Calibration:
                     array = array[:, None] if array.ndim == 1 else array
                 if not np.isfinite(array).all():
                     raise _not_finite(name, swept.where(number))
-                yield name, array
+                yield number, name, array
 
     def _counted(self, feeds: Sample, where: str) -> npt.NDArray[np.bool_] | None:
         """Which positions of a sample count, or None without a mask; ``where`` it is, in words."""
@@ -468,14 +482,15 @@ def quantizable_values(model: ir.Model) -> list[str]:
     """The values whose ranges a dialect may ask for.
 
     What layers read and write, and the outputs of the operators between them that have an integer
-    form, so that one sweep serves every target.
+    form, so that one sweep serves every target. Not what a ReLU alone reads: it is part of what
+    writes the value, in every dialect, and in the runtime if nobody looks between them.
     """
     wanted: dict[str, None] = {}
 
     def want(value: ir.Value | None) -> None:
         if value is None or not value.name or graph.is_constant(value):
             return
-        if graph.is_float(value):
+        if graph.is_float(value) and graph.absorbed(value) is value:
             wanted[value.name] = None
 
     for node in model.graph:

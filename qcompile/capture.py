@@ -34,6 +34,8 @@ from qcompile.errors import CaptureError, reason
 _COUNTED = re.compile(r"val_\d+|_val_\d+")
 # The opset of what torch.export captures: old enough for every target, new enough for 4-bit types.
 TORCH_OPSET = 21
+# Where a captured model says the opset of the ONNX model that it came from.
+_GIVEN_OPSET = "qcompile.given-opset"
 # Operators that only an already quantized model has.
 _QUANTIZED = {
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger",
@@ -62,10 +64,19 @@ def capture(source: str | os.PathLike[str] | ir.Model | Any, requantize: bool = 
     """
     model = read(source)
     if model is not None:
-        return _repair(model, requantize)
+        given = opset.of(model)
+        model = _repair(model, requantize)
+        model.meta[_GIVEN_OPSET] = given
+        return model
     if isinstance(source, str):
         source = load_object(source, "model")
     return _repair(_from_torch(source), requantize)
+
+
+def given_opset(model: ir.Model) -> int | None:
+    """The opset that a captured ``model`` had as ONNX before repairs; None if it came of torch."""
+    meta: Any = model.meta  # partly untyped; a clone has none of it
+    return meta.get(_GIVEN_OPSET)
 
 
 def read(source: str | os.PathLike[str] | ir.Model | Any) -> ir.Model | None:

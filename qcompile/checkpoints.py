@@ -62,6 +62,7 @@ class Checkpoints:
                 continue
             try:
                 model = execute.load(place / "model.onnx")
+                execute.read_external(model)
                 steps = [_step(s) for s in json.loads((place / "steps.json").read_text())]
             except Exception as error:  # a damaged state is as good as none
                 self.log(f"the state in {place} is damaged ({error}); it is not used")
@@ -78,7 +79,7 @@ class Checkpoints:
             return
         try:
             with folders.appearing(folder() / key) as place:
-                execute.save(model, place / "model.onnx")
+                execute.save(model, place / "model.onnx", beside=True)
                 done = json.dumps([dataclasses.asdict(step) for step in steps])
                 (place / "steps.json").write_text(done)
             _trim()

@@ -51,7 +51,6 @@ from qcompile.errors import (
     RequirementError,
     TargetError,
 )
-from qcompile.execute import Session
 from qcompile.images import Image
 from qcompile.measure import Judged, Made
 from qcompile.options import Options, parse_target
@@ -109,7 +108,6 @@ class Compiler:
         self.bound = None if options.max_drop is None else Bound.parse(options.max_drop)
         self.reading = options.reading()
         self._findings: list[str] = []
-        self._measured: dict[str, float] = {}  # the last, by the text of the graph
         self.text = recipes.expand(options.passes)
         self.passes = pipeline.parse(self.text, registry.passes())
         self.targets = [parse_target(t) for t in options.targets]
@@ -171,7 +169,7 @@ class Compiler:
         self._findings = [f"the model as captured: {f}" for f in self._known]
         self._part = crash.Part(reference, self.text, str(self.targets[0]), calibration)
         judge = simulate.Judge(reference, calibration.judges) if calibration else None
-        self._check_conversion(source, reference, judge)
+        self._check_conversion(source, model, reference, judge)
         self._evaluation = self._evaluated(model, image, reference)
         shared, forked = pipeline.fork(self.passes)
         context = self._context(calibration, reference, self.targets[0])
@@ -232,16 +230,18 @@ class Compiler:
         return model, steps
 
     def _check_conversion(
-        self, source: Any, reference: ir.Model, judge: simulate.Judge | None
+        self, source: Any, model: ir.Model, reference: ir.Model, judge: simulate.Judge | None
     ) -> None:
-        """Run the file as it came against the model as captured, if its opset was converted."""
-        original = capture.read(source)
-        if original is None or opset.of(original) >= opset.CONVERTED:
+        """Run the file as it came against the captured ``model``, if its opset was converted."""
+        given = capture.given_opset(model)
+        if given is None or given >= opset.CONVERTED:
             return
-        what = f"converting opset {opset.of(original)} to {opset.CONVERTED}"
+        what = f"converting opset {given} to {opset.CONVERTED}"
         if judge is None:
             self._findings.append(f"{what} was not checked by running: there is no data")
             return
+        original = capture.read(source)
+        assert original is not None  # it has an opset
         self._fold(original)
         try:
             session = execute.Session(original, optimize=False)
@@ -406,11 +406,7 @@ class Compiler:
     ) -> Watch:
         def measure(model: ir.Model) -> float:
             assert judge is not None
-            lowered = simulate.lowered(model, target)
-            key = text.render(lowered, weights=True)  # the lowering is measured before it is run
-            if key not in self._measured:
-                self._measured = {key: judge.worst(Session(lowered, optimize=False))}
-            return self._measured[key]
+            return judge.worst(judge.simulated(simulate.lowered(model, target)))
 
         def after(position: int, step: Pass, model: ir.Model, done: Step) -> None:
             self._observe(position, step, model, done, place)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
+from onnx_ir import serde
 
 from qcompile import sound
 from qcompile.errors import TargetError, reason
@@ -60,6 +61,8 @@ class Session:
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
         if not optimize:
+            # Such a session runs few samples, and an arena keeps room for all values at once.
+            options.enable_cpu_mem_arena = False
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._stack = contextlib.ExitStack()
         try:
@@ -277,7 +280,10 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 
 
 def read_external(model: ir.Model) -> None:
-    """Read the external weights of a small model, so that it no longer depends on their file."""
+    """Read the weights of a small model, so that it no longer depends on their file.
+
+    Nor on the message that it was read from, of which every look at a weight makes a copy.
+    """
     if weight_bytes(model) >= _IN_MEMORY_BYTES:
         return
     for value in sound.weights(model):
@@ -287,13 +293,21 @@ def read_external(model: ir.Model) -> None:
                 tensor.numpy().copy(), dtype=tensor.dtype, name=value.name
             )
             tensor.release()
+        elif isinstance(tensor, serde.TensorProtoTensor) and tensor.dtype in _SHARED:
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
 
 
-def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
-    """Write ``model`` to ``path``; large models keep their weights in ``<path>.data`` beside it."""
+def save(model: ir.Model, path: str | os.PathLike[str], beside: bool = False) -> None:
+    """Write ``model`` to ``path``.
+
+    Large models keep their weights in ``<path>.data`` beside it, and others if ``beside``: then
+    they are not written into memory first.
+    """
     library: Any = ir  # partly untyped
-    if weight_bytes(model) < _IN_MEMORY_BYTES:
+    small = weight_bytes(model) < _IN_MEMORY_BYTES
+    if small:
         read_external(model)  # of a large model that became small, what stayed in its file
+    if small and not beside:
         library.save(model, path)
     else:
         library.save(model, path, external_data=f"{pathlib.Path(path).name}.data")

@@ -81,7 +81,8 @@ def reduced(
 
     Three scalars a value: minimum, maximum and sum, which is NaN if an element is, and where it
     overflows in both directions. Of the values ``lined`` the positions where the input ``mask`` is
-    0 do not count.
+    0 do not count. The minimum of what a Relu, or a Clip from zero, wrote is not looked for: it
+    counts as zero, which every grid holds.
     """
     clone = sequences.fetch(model, values, state)
     by_name = {v.name or "": v for v in clone.graph.outputs}
@@ -94,8 +95,14 @@ def reduced(
     for name in values:
         for kind, padding in _PADDING.items():
             read = by_name[name]
+            above_zero = _above_zero(read)
+            if kind == "ReduceMin" and above_zero:
+                answers.append(_constant(clone, np.zeros((), np.float32), ir.DataType.FLOAT))
+                continue
             if counts is not None and name in lined:
                 read = _kept(clone, read, counts, padding)
+            elif kind == "ReduceSum" or (kind == "ReduceMax" and above_zero):
+                read = _pooled(clone, read, kind)
             if kind == "ReduceSum" and read.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
                 # Sums of shorter floats overflow.
                 read = _add(clone, "Cast", [read], ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
@@ -104,6 +111,25 @@ def reduced(
     clone.graph.outputs.clear()
     clone.graph.outputs.extend([*given, *answers])
     return clone, [answer.name or "" for answer in answers]
+
+
+def _above_zero(value: ir.Value) -> bool:
+    """Whether a Relu, or a Clip from zero, wrote ``value``."""
+    node = value.producer()
+    ends = _cut(node) if node is not None else None
+    return bool(ends) and ends[0][0] == 0.0
+
+
+def _pooled(model: ir.Model, value: ir.Value, kind: str) -> ir.Value:
+    """One number a channel of a picture, with the maximum of ``value``, or a NaN if it has one.
+
+    The runtime pools what a Conv writes as that left it; any other look has it laid out anew.
+    """
+    dims = value.shape if value.dtype == ir.DataType.FLOAT else None
+    if dims is None or len(dims) != 4 or not all(isinstance(d, int) and d > 0 for d in dims[2:]):
+        return value
+    pool = "GlobalMaxPool" if kind == "ReduceMax" else "GlobalAveragePool"
+    return _add(model, pool, [value], value.dtype)
 
 
 def _kept(model: ir.Model, value: ir.Value, counts: ir.Value, padding: float) -> ir.Value:

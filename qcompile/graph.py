@@ -381,7 +381,28 @@ def tensor_digest(tensor: ir.TensorProtocol) -> str:
     return digest.hexdigest()
 
 
+def absorbed(value: ir.Value) -> ir.Value:
+    """The output of a ReLU or Clip from 0 that is the only reader of ``value``; else ``value``."""
+    read = readers(value)
+    if len(read) != 1 or value.is_graph_output():
+        return value
+    node, index = read[0].node, read[0].index
+    if index == 0 and node.op_type == "Relu":
+        return node.outputs[0]
+    if index == 0 and node.op_type == "Clip" and len(node.inputs) > 1:
+        low = node.inputs[1]
+        if low is not None and is_constant(low) and float(constant(low)) == 0.0:
+            return node.outputs[0]
+    return value
+
+
 # -- editing ------------------------------------------------------------------------------------
+
+
+def drop_weights(model: ir.Model) -> None:
+    """Let go of the weights of a model of no more use: a graph refers to itself and lives on."""
+    for value in model.graph.initializers.values():
+        value.const_value = None
 
 
 def set_origins(node: ir.Node, ids: Iterable[str]) -> None:

@@ -81,15 +81,13 @@ def report_of(
     timed: bench.Latency | None = None
     notes = [*target.notes(lowered, made.main.parent)]
     if judge is not None:
-        simulated = Session(computed, optimize=False)
         actual = Session(made.main) if target.runs_here else None
-        expected = judge.run(simulated)
+        expected = judge.simulated(computed)
         runs = judge.run(actual) if actual is not None else expected
         outputs = _outputs(judge, expected, runs)
-        accuracy = _accuracy(judged, actual or simulated)
+        accuracy = _accuracy(judged, actual or Session(computed, optimize=False))
         if actual is not None:
             apart = min(judge.between(expected, runs).values(), default=math.inf)
-        del simulated  # the bundle makes sessions of its own
         models = bundle.Compared(reference, computed, actual, target.module, str(target))
         lacking = bundle.write(made.main.parent, models, judge.samples)
         notes += [lacking] if lacking else []

@@ -45,14 +45,14 @@ class Rows:
         square = (self.columns, self.columns)
         return square if self.groups == 1 else (self.groups, *square)
 
-    def blocks(self, array: Array, most: int | None = None) -> Iterator[Array]:
-        """``X`` in blocks of rows; at most ``most`` rows, always the same ones, if given."""
+    def blocks(self, array: Array, most: int | None = None, draw: int = 0) -> Iterator[Array]:
+        """``X`` in blocks of rows; at most ``most`` rows if given, those of that number of draw."""
         if not self.kernel:
             rows = (array.T if self.transposed else array).reshape(-1, self.columns)
-            yield rows if most is None else rows[_drawn(len(rows), most)]
+            yield rows if most is None else rows[_drawn(len(rows), most, draw)]
             return
         if most is not None:
-            yield self._some(array, max(1, most // len(array)))
+            yield self._some(array, max(1, most // len(array)), draw)
             return
         windows = self._windows(array)
         rank = len(self.kernel)
@@ -64,12 +64,12 @@ class Rows:
             rows = part.reshape(-1, self.groups, self.columns)
             yield rows[:, 0] if self.groups == 1 else rows.swapaxes(0, 1)
 
-    def _some(self, array: Array, most: int) -> Array:
+    def _some(self, array: Array, most: int, draw: int) -> Array:
         """The rows of at most ``most`` places of each of ``array``."""
         padded, spans = self._padded(array)
         sizes = padded.shape[2:]
         out = [(n - s) // by + 1 for n, s, by in zip(sizes, spans, self.strides, strict=True)]
-        places = np.unravel_index(_drawn(math.prod(out), most), out)
+        places = np.unravel_index(_drawn(math.prod(out), most, draw), out)
         corners = [place * by for place, by in zip(places, self.strides, strict=True)]
         inner = np.indices(self.kernel).reshape(len(self.kernel), -1)
         inner *= np.array(self.dilations)[:, None]
@@ -108,11 +108,11 @@ class Rows:
         return found
 
 
-def _drawn(count: int, most: int) -> npt.NDArray[np.intp]:
+def _drawn(count: int, most: int, draw: int) -> npt.NDArray[np.intp]:
     """At most ``most`` of ``count`` places, drawn without regard to any grid that they lie on."""
     if count <= most:
         return np.arange(count)
-    return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
+    return np.sort(np.random.default_rng(draw).choice(count, most, replace=False))
 
 
 def to_matrix(layer: Layer, array: Array) -> Array:

@@ -8,14 +8,14 @@ runs on a device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile import sequences, spec
+from qcompile import graph, sequences, spec, text
 from qcompile.backends.base import Target
 from qcompile.execute import Session
 from qcompile.sequences import Sample, Samples
@@ -30,10 +30,12 @@ def simulate(model: ir.Model, target: Target) -> Session:
 
 
 def lowered(model: ir.Model, target: Target) -> ir.Model:
-    """``model`` as ``target`` computes it, to be run without optimizations."""
+    """``model`` as ``target`` computes it, to be run without optimizations; without its ranges."""
+    model = model.clone()
     if any(spec.all_specs(node) for node in model.graph):
-        model = model.clone()
         target.lower(model)
+    graph.clear_ranges(model)
+    graph.remove_dead(model)
     return target.computed(model)
 
 
@@ -50,6 +52,7 @@ class Judge:
         self.samples = Samples.of(samples)
         self.outputs = [v.name or "" for v in reference.graph.outputs if _is_float(v)]
         self._wanted = self.run(Session(reference))
+        self._simulated: dict[str, Spill] = {}  # the last, by the text of the graph
 
     def run(self, session: Session) -> Spill:
         """What ``session`` computes of the samples, to be compared in more ways than one."""
@@ -57,6 +60,13 @@ class Judge:
         for results in self._results(session):
             kept.append(results)
         return kept
+
+    def simulated(self, lowered: ir.Model) -> Spill:
+        """What ``lowered`` computes without optimizations; known if it was the last asked for."""
+        key = text.render(lowered, weights=True)
+        if key not in self._simulated:
+            self._simulated = {key: self.run(Session(lowered, optimize=False))}
+        return self._simulated[key]
 
     def sqnr(self, session: Session | Spill) -> dict[str, float]:
         """SQNR in dB of each floating-point output of ``session``, by output name."""
@@ -79,7 +89,7 @@ class Judge:
                 count[name] += np.shape(wanted[name]) != np.shape(actual[name])
         return count
 
-    def worst(self, session: Session) -> float:
+    def worst(self, session: Session | Spill) -> float:
         """The lowest SQNR of all outputs; infinity if there is no floating-point output."""
         return min(self.sqnr(session).values(), default=float("inf"))
 
@@ -132,14 +142,16 @@ def layer_sqnr(
     if not shared:
         return {}
     state = Samples.of(samples).state
-    one, other = (
-        sequences.carry(
-            Session(sequences.fetch(model, shared, state), optimize=False), samples, state, shared
-        )
-        for model in (reference, lowered)
-    )
-    pairs = ((wanted, actual) for (_, wanted), (_, actual) in zip(one, other, strict=True))
-    return _sqnr_of(shared, pairs)
+
+    def runs(model: ir.Model) -> Iterator[dict[str, Array]]:
+        session = Session(sequences.fetch(model, shared, state), optimize=False)
+        for _, found in sequences.carry(session, samples, state, shared):
+            yield from ({name: found[name]} for name in shared)
+
+    wanted = Spill()  # one session at a time, and one value: all together are large
+    for found in runs(reference):
+        wanted.append(found)
+    return _sqnr_of(shared, zip(wanted, runs(lowered), strict=True))
 
 
 def _sqnr_of(
@@ -149,7 +161,7 @@ def _sqnr_of(
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     compared: set[str] = set()
     for wanted, actual in pairs:
-        for name in names:
+        for name in wanted.keys() & names:
             if np.shape(wanted[name]) != np.shape(actual[name]):
                 continue
             compared.add(name)

@@ -34,7 +34,7 @@ MEMORY = 12 << 30
 # Lines and letters of a complaint: a sentence, and the block that points at a column.
 LINES, LETTERS = 4, 1200
 # What a run logs: each pass with its seconds, and the targets.
-_LOGGED = re.compile(r".* \(\d+\.\d s\)|lowering for .*")
+_LOGGED = re.compile(r".* \(\d+\.\d s\)|lowering for .*|  rotating .* of the MACs")
 # The recipe, and at times what else reads the graph.
 PIPELINES = (
     *["@int8"] * 7,

@@ -170,6 +170,36 @@ def test_nan_inside_the_model_names_value_and_sample(observer: calibrate.Observe
         Calibration(Data("test", samples)).stats(model, ["x", "l"], observer)
 
 
+CUT = """(float[1,3,8,8] x) => (float[1,3,8,8] y) <float low = {LOW}, float high = {2.0}> {
+    h = Sin(x)
+    y = Clip(h, low, high)
+}"""
+
+
+def test_what_is_cut_at_zero_starts_there_and_what_is_cut_below_does_not() -> None:
+    x = np.random.default_rng(0).uniform(0.5, 1.5, (1, 3, 8, 8)).astype(np.float32)
+    for low, least in (("0.0", 0.0), ("-1.0", float(np.sin(x).min()))):
+        model = graphs.graph(CUT.replace("LOW", low))
+        found = Calibration(Data("test", [{"x": x}])).stats(model, ["y"], "minmax")["y"]
+        assert isinstance(found, MinMax)
+        np.testing.assert_allclose([found.low, found.high], [least, np.sin(x).max()], rtol=1e-6)
+
+
+@pytest.mark.parametrize("place", [0, 100, 191])
+def test_one_nan_in_a_picture_is_found(place: int) -> None:
+    model = graphs.graph(CUT.replace("LOW", "0.0").replace("Sin", "Sqrt"))
+    x = np.ones((1, 3, 8, 8), np.float32)
+    x.reshape(-1)[place] = -1.0
+    with pytest.raises(CalibrationError, match="value 'h' has NaN"):
+        Calibration(Data("test", [{"x": x}])).stats(model, ["h"], "minmax")
+
+
+def test_what_a_relu_alone_reads_has_no_range() -> None:
+    model, _ = calibrated(TWO_LAYERS)
+    wanted = calibrate.quantizable_values(model)
+    assert "h" not in wanted and {"x", "r"} <= set(wanted)
+
+
 @pytest.mark.parametrize("place", [0, 37, 63])
 def test_one_nan_among_numbers_is_found(place: int) -> None:
     # ONNX Runtime's ReduceMin and ReduceMax pass over a NaN that is not alone.
@@ -275,12 +305,30 @@ def test_a_gram_of_some_rows_is_near_that_of_all(text: str) -> None:
     model, calibration = calibrated(text)
     layers = list(graph.layers(model))
     whole = calibration.grams(model, layers)
-    for name, part in calibration.grams(model, layers, rows=3).items():
-        assert part.rows <= 3 * len(calibration.samples) and part.rows <= whole[name].rows
+    for name, part in calibration.grams(model, layers, rows=6).items():
+        assert part.rows <= 6 * len(calibration.samples) and part.rows <= whole[name].rows
         one = np.trace(part.matrix, axis1=-2, axis2=-1).sum() / part.rows
         other = np.trace(whole[name].matrix, axis1=-2, axis2=-1).sum() / whole[name].rows
         assert 0.5 < one / other < 2.0
         np.testing.assert_allclose(part.total.shape, whole[name].matrix.shape[:-1])
+
+
+def test_rows_are_drawn_anew_for_each_sample_and_are_no_more_than_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, calibration = calibrated(DEPTHWISE)
+    [layer] = graph.layers(model)
+    kind = patches.of(layer)
+    assert kind is not None
+    [array] = every(model, calibration, layer.input.value.name or "")[:1] if layer.input else [None]
+    assert array is not None
+    one, same, other = (next(kind.blocks(array, 3, draw)) for draw in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert not np.array_equal(one, other)
+    monkeypatch.setattr(calibrate, "ENOUGH_ROWS", 1)
+    [gram] = calibration.grams(model, [layer], rows=100).values()
+    samples = len(calibration.samples)
+    assert gram.rows <= samples * len(array) * -(-kind.columns // samples)
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 7, 100])

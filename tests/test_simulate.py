@@ -179,3 +179,10 @@ def test_the_optimized_run_lies_far_below_the_quantization_noise(tmp_path: pathl
     fused = execute.Session(tmp_path / "model.onnx")
     between = min(judge.between(plain, fused).values())
     assert between > judge.worst(fused) + 15  # dB, as the design demands
+
+
+def test_what_was_simulated_last_is_known() -> None:
+    model = graphs.graph(TWO)
+    judge = simulate.Judge(model, graphs.samples(model, 2))
+    found = judge.simulated(model)
+    assert judge.simulated(model.clone()) is found and judge.worst(found) > 100

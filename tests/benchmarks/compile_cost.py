@@ -31,13 +31,14 @@ import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import common
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
+from common import Claim
 from rich.table import Table
 
 import qcompile
-from qcompile import capture, execute, report
+from qcompile import capture, execute
 from qcompile.models import fashion
 from qcompile.sources import Sample
 
@@ -79,16 +80,6 @@ class Peaks:
     few: float
     many: float
     bare: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """A claim of the README, and whether it holds."""
-
-    claim: str
-    holds: bool
-    value: float
-    control: float
 
 
 def pictures(count: int) -> Iterable[Sample]:
@@ -266,18 +257,14 @@ def tables(rows: Iterable[Row], peaks: Iterable[Peaks]) -> tuple[Table, Table]:
     return first, second
 
 
-def main() -> None:
+def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="the shipped model only")
-    parser.add_argument("--json", type=pathlib.Path, help="write rows and claims to this file")
+    parser = common.parser(__doc__, quick="the shipped model only")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child[0], arguments.child[1:])
-        return
+        return 0
     rows: list[Row] = []
     peaks: list[Peaks] = []
     for work in (CNN,) if arguments.quick else (CNN, LITE0, MINILM):
@@ -285,24 +272,10 @@ def main() -> None:
             found, peak = measure(work, pathlib.Path(folder))
         rows += found
         peaks.append(peak)
-    console = Console(markup=False, width=120)
-    for table in tables(rows, peaks):
-        console.print(table)
     said = claims(rows, peaks)
-    for claim in said:
-        mark = "holds" if claim.holds else "FAILS"
-        console.print(
-            f"{mark}: {claim.claim}: {claim.value:.3g} against {claim.control:.3g}", highlight=False
-        )
-    if arguments.json:
-        content = {
-            "rows": [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows],
-            "peaks": [dataclasses.asdict(peak) for peak in peaks],
-            "claims": [dataclasses.asdict(claim) for claim in said],
-            "versions": report.versions(),
-        }
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    kept = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
+    return common.finish(said, arguments.json, tables(rows, peaks), rows=kept, peaks=peaks)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

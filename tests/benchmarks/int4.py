@@ -16,21 +16,21 @@ change the bootstrap alone.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import common
 import int8
 import numpy as np
 import numpy.typing as npt
-from int8 import MINILM, SHIPPED, Claim, Work
-from rich.console import Console
+from common import Claim
+from int8 import MINILM, SHIPPED, Work
 from rich.table import Table
 
 import qcompile
@@ -257,15 +257,11 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-def main() -> None:
+def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="the shipped model only")
+    parser = common.parser(__doc__, quick="the shipped model only")
     parser.add_argument("--only", help="the model with this word in its name alone")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the bootstrap")
-    parser.add_argument("--json", type=pathlib.Path, help="write rows and claims to this file")
     arguments = parser.parse_args()
     works = SHIPPED[1:] if arguments.quick else (SHIPPED[1], MINILM)
     rows: list[Row] = []
@@ -274,22 +270,9 @@ def main() -> None:
         rows += judged(dataclasses.replace(work, passes="@int4"), arguments.seeds - 1)
     if not arguments.quick and chosen in "smollm2-135m":
         rows += smollm2(arguments.seeds - 1)
-    console = Console(markup=False, width=180)
-    console.print(table(rows))
     said = claims(rows, arguments.seeds)
-    for claim in said:
-        mark = "holds" if claim.holds else "FAILS"
-        console.print(
-            f"{mark}: {claim.claim}: {claim.value:.3g} against {claim.control:.3g}", highlight=False
-        )
-    if arguments.json:
-        content = {
-            "rows": [dataclasses.asdict(row) for row in rows],
-            "claims": [dataclasses.asdict(claim) for claim in said],
-            "versions": report.versions(),
-        }
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    return common.finish(said, arguments.json, [table(rows)], rows=rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

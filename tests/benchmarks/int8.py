@@ -13,18 +13,18 @@ is the share of lines that are read as by the float model, rightly or not.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import json
 import pathlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import common
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
+from common import Claim
 from rich.table import Table
 
 import qcompile
@@ -77,18 +77,6 @@ class Row:
     mb: float
     latency: float | None
     null: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """A claim of the README, and whether it holds."""
-
-    claim: str
-    holds: bool
-    value: float
-    control: float
-    interval: tuple[float, float] | None
-    seeds: int
 
 
 def fashion_judge() -> list[Sample]:
@@ -336,15 +324,11 @@ def table(rows: list[Row]) -> Table:
     return shown
 
 
-def main() -> None:
+def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="the shipped models only")
+    parser = common.parser(__doc__, quick="the shipped models only")
     parser.add_argument("--only", nargs="+", help="words in the names of the models to take")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the bootstrap")
-    parser.add_argument("--json", type=pathlib.Path, help="write rows and claims to this file")
     arguments = parser.parse_args()
     works = SHIPPED if arguments.quick else (
         *SHIPPED, RESNET, MOBILENET, VIT_B, LITE0, MINILM, *VARIANTS, DYNAMIC, REC,
@@ -355,22 +339,9 @@ def main() -> None:
     rows: list[Row] = []
     for work in works:
         rows += measure(work, arguments.seeds - 1)[0]
-    console = Console(markup=False, width=150)
-    console.print(table(rows))
     said = claims(rows, arguments.seeds)
-    for claim in said:
-        mark = "holds" if claim.holds else "FAILS"
-        console.print(
-            f"{mark}: {claim.claim}: {claim.value:.3g} against {claim.control:.3g}", highlight=False
-        )
-    if arguments.json:
-        content = {
-            "rows": [dataclasses.asdict(row) for row in rows],
-            "claims": [dataclasses.asdict(claim) for claim in said],
-            "versions": report.versions(),
-        }
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    return common.finish(said, arguments.json, [table(rows)], rows=rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

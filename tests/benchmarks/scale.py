@@ -10,8 +10,6 @@ both in turn.
 
 from __future__ import annotations
 
-import argparse
-import json
 import pathlib
 import statistics
 import subprocess
@@ -22,9 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+import common
 import large
-
-from qcompile import report
+from common import Claim
 
 PASSES = "simplify,fold-bn,quantize{weight=int4 input=float granularity=block},insert-qdq"
 WIDTH, LAYERS = 4096, 40
@@ -72,22 +70,14 @@ def _resident(process: int) -> int:
 
 def main() -> int:
     """Print two lines, and write rows and claims; exit 1 if a claim does not hold."""
-    parser = argparse.ArgumentParser(description="memory and time of large models")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=pathlib.Path)
+    parser = common.parser(__doc__, quick="a smaller model, one run each")
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         rows, claims = measure(pathlib.Path(folder), wanted.quick)
-    for claim in claims:
-        verdict = "holds" if claim["holds"] else "DOES NOT HOLD"
-        print(f"{verdict}: {claim['claim']}: {claim['value']:.3g} against {claim['control']:.3g}")
-    if wanted.json:
-        found = {"rows": rows, "claims": claims, "versions": report.versions()}
-        wanted.json.write_text(json.dumps(found, indent=1) + "\n")
-    return 0 if all(claim["holds"] for claim in claims) else 1
+    return common.finish(claims, wanted.json, rows=rows)
 
 
-def measure(folder: pathlib.Path, quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(folder: pathlib.Path, quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     """The rows and claims."""
     size = large.write(folder / "large.onnx", LAYERS // 8 if quick else LAYERS, WIDTH)
     most, seconds = peak(folder / "large.onnx")
@@ -107,15 +97,10 @@ def measure(folder: pathlib.Path, quick: bool) -> tuple[list[dict[str, Any]], li
         {"layers": FEW, "seconds": times[FEW]},
         {"layers": MANY, "seconds": times[MANY]},
     ]
-    claims: list[dict[str, Any]] = [
-        {"claim": f"time of {MANY} layers over that of {FEW}", "holds": many / few <= 11,
-         "value": many / few, "control": 11},
-    ]  # fmt: skip
+    claims = [Claim(f"time of {MANY} layers over that of {FEW}", many / few <= 11, many / few, 11)]
     if not quick:  # imports alone are more than a quarter of a small model
-        claims.append(
-            {"claim": "peak memory over the bytes of the weights", "holds": most / size < 0.25,
-             "value": most / size, "control": 0.25}
-        )  # fmt: skip
+        share = most / size
+        claims.append(Claim("peak memory over the bytes of the weights", share < 0.25, share, 0.25))
     return rows, claims
 
 

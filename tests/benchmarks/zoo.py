@@ -14,26 +14,25 @@ neither a layer of the report nor named as left alone would be *silent*: there m
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import importlib
 import itertools
-import json
 import math
 import pathlib
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import common
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
-from int8 import Claim
-from rich.console import Console
+from common import Claim
 from rich.table import Table
 
 import qcompile
@@ -380,11 +379,11 @@ def claims(rows: Iterable[Row]) -> list[Claim]:
         name = f"{row.model} on {row.target}"
         verb = "runs" if row.target == "ort-cpu" else "builds"
         done = row.result == verb
-        found.append(Claim(f"{name}: {verb}", done, float(done), 1.0, None, 1))
+        found.append(Claim(f"{name}: {verb}", done, float(done), 1.0))
         if done:
             count = len(row.silent)
             text = f"{name}: nothing is left alone in silence"
-            found.append(Claim(text, not count, float(count), 0.0, None, 1))
+            found.append(Claim(text, not count, float(count), 0.0))
     return found
 
 
@@ -435,14 +434,10 @@ def plain(row: Row) -> dict[str, Any]:
     return dataclasses.asdict(row) | {"sqnr": found}
 
 
-def main() -> None:
+def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="the shipped models only")
+    parser = common.parser(__doc__, quick="the shipped models only")
     parser.add_argument("--only", nargs="+", help="words in the names of the models to take")
-    parser.add_argument("--json", type=pathlib.Path, help="write rows and claims to this file")
     arguments = parser.parse_args()
     works = SHIPPED if arguments.quick else (*SHIPPED, *PUBLIC)
     if arguments.only:
@@ -450,25 +445,15 @@ def main() -> None:
         works = [work for work in works if any(word in work.name.lower() for word in words)]
         if not works:
             parser.error(f"no model has {' or '.join(arguments.only)} in its name")
-    console = Console(markup=False, width=200)
     rows: list[Row] = []
     for work in works:
         rows += measure(work)
-        if console.is_terminal:
-            console.print(f"{work.name}: {rows[-1].seconds:.0f} s", highlight=False)
-    console.print(table(rows))
-    said = claims(rows)
-    for claim in said:
-        if not claim.holds:
-            console.print(f"FAILS: {claim.claim}", highlight=False)
-    if arguments.json:
-        content = {
-            "rows": [plain(row) for row in rows],
-            "claims": [dataclasses.asdict(claim) for claim in said],
-            "versions": report.versions(),
-        }
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        if sys.stdout.isatty():
+            print(f"{work.name}: {rows[-1].seconds:.0f} s")
+    return common.finish(
+        claims(rows), arguments.json, [table(rows)], failed_only=True, rows=list(map(plain, rows))
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
