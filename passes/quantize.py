@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
@@ -22,6 +23,8 @@ from qcompile.spec import TensorSpec
 
 # The kinds of layers with one constant weight that is multiplied with an activation.
 WEIGHTED = ("conv", "depthwise", "conv-transpose", "linear")
+# How many times ``least`` all layers below it may have.
+_TOGETHER = 20
 Granularity = Literal["tensor", "channel", "block"]
 Scale = Literal["static", "dynamic"]
 
@@ -46,6 +49,11 @@ class Quantize(Pass):
     * ``embedding``: the format of tables whose rows are gathered: one scale a row, or ``block`` of
       a row at 4 bits and below. A table that is the weight of a linear layer as well is decided
       twice.
+    * ``least``: in percent. A Conv or linear layer that has a smaller share of the MACs, and of the
+      weights as well, stays float: integers win nothing there, and the grids of what it reads and
+      writes make as much noise as those of a large one (most of all a depthwise Conv, whose
+      channels differ in range). The smallest first, while all of them have at most 20 times that
+      share of the MACs. Above 0 it needs data, for the shapes.
     * ``include``, ``exclude``: globs over the names and operator types of layers.
 
     Raises PassError for an unknown format, a glob that matches nothing, a block that
@@ -64,6 +72,7 @@ class Quantize(Pass):
     scale: Scale = "static"
     attention: str = "float"
     embedding: str = "float"
+    least: float = 0.0
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
 
@@ -73,6 +82,8 @@ class Quantize(Pass):
                 numerics.parse_format(form)
         if self.block < 1:
             raise PassError(f"block must be at least 1, got {self.block}")
+        if not 0 <= self.least < 5:
+            raise PassError(f"least is a percentage from 0 and below 5, got {self.least:g}")
         if self.weight == "float" and self.input != "float":
             raise PassError("a quantized input needs a quantized weight: no kernel takes only one")
 
@@ -82,8 +93,8 @@ class Quantize(Pass):
         return self.requires if static or self.attention != "float" else frozenset()
 
     def needs_data(self) -> bool:
-        """Only to weigh errors by what weights are multiplied with."""
-        return self.method == "output"
+        """To weigh errors by what weights are multiplied with, and for the shapes of ``least``."""
+        return self.method == "output" or self.least > 0
 
     def weight_formats(self) -> tuple[str, ...]:
         return (self.weight, self.embedding)
@@ -99,6 +110,8 @@ class Quantize(Pass):
         chosen = graph.select(model, self.include, "include") if any(graph.layers(model)) else []
         chosen = [layer for layer in chosen if layer.node not in excluded]
         weighted = [layer for layer in chosen if layer.kind in WEIGHTED]
+        spared = self._spared(model, weighted, ctx)
+        weighted = [layer for layer in weighted if layer.node not in spared]
         if self.weight != "float":
             decide_weights(model, weighted, self, ctx)
         tables = [layer for layer in chosen if layer.kind == "embedding"]
@@ -123,13 +136,43 @@ class Quantize(Pass):
             "inputs": inputs,
             "products": len(products) if self.attention != "float" else 0,
             "tables": len(tables) if self.embedding != "float" else 0,
+            "spared": len(spared),
         }
+
+    def _spared(self, model: ir.Model, weighted: Sequence[Layer], ctx: Context) -> set[ir.Node]:
+        """The nodes of the layers that ``least`` leaves in float."""
+        if not self.least or self.weight == "float":
+            return set()
+        every, shapes = list(graph.layers(model)), ctx.data().shapes(model)
+        macs = _shares([layer.macs(shapes) for layer in every])
+        sizes = _shares([math.prod(graph.shape_of(layer.weight.value) or ()) for layer in every])
+        of = {layer.node: each for layer, *each in zip(every, macs, sizes, strict=True)}
+        found: set[ir.Node] = set()
+        whole = 0.0
+        for layer in sorted(weighted, key=lambda layer: of[layer.node]):
+            share = of[layer.node][0]
+            if max(of[layer.node]) < self.least and whole + share <= _TOGETHER * self.least:
+                whole += share
+                found.add(layer.node)
+                for use in (layer.weight, layer.input):
+                    if use is not None:
+                        use.decide(None)  # an earlier quantize may have decided it
+                layer.node.metadata_props[graph.REASON] = (
+                    f"{share:.2g} % of the MACs: integers win nothing"
+                )
+        return found
 
     def _for_tables(self) -> Quantize:
         """How a table is decided, as if it were a weight."""
         narrow = numerics.parse_format(self.embedding).bits <= 4
         granularity: Granularity = "block" if narrow else "channel"
         return dataclasses.replace(self, weight=self.embedding, granularity=granularity)
+
+
+def _shares(parts: Sequence[int]) -> list[float]:
+    """Each part in percent of all."""
+    whole = max(sum(parts), 1)
+    return [100 * part / whole for part in parts]
 
 
 def decide_input(use: graph.Use, form: str, dynamic: bool = False) -> None:
