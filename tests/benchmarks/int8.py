@@ -20,7 +20,7 @@ import itertools
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import common
@@ -192,11 +192,11 @@ def lines(
     """Shares of the lines read right, right in float, and by both alike; None without texts."""
     if work.texts is None:
         return None, None, None
-    first, second = (
-        (next(iter(session.run(sample).values())) for sample in samples)
-        for session in (reference, compiled)
-    )
-    found = ocr().compare(first, second, work.texts())
+
+    def first_output(session: execute.Session) -> Iterator[Array]:
+        return (next(iter(session.run(sample).values())) for sample in samples)
+
+    found = ocr().compare(first_output(reference), first_output(compiled), work.texts())
     return found.right / found.count, found.float_right / found.count, found.equal / found.count
 
 
