@@ -33,14 +33,13 @@ class Block:
 
     ``inputs`` are what they read of other blocks, and inputs of the graph; ``outputs`` what other
     blocks read or the graph returns. What depends on no layer (masks, positions, shapes) belongs
-    to no block: each block computes ``anew`` what it needs of that, from the inputs of the graph.
+    to no block: each block computes anew what it needs of that, from the inputs of the graph.
     """
 
     name: str
     nodes: tuple[ir.Node, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    anew: tuple[ir.Node, ...] = ()
 
     @property
     def layers(self) -> list[Layer]:
@@ -232,7 +231,6 @@ def _block(
 ) -> Block:
     ordered = tuple(node for node in flow if node in nodes)
     inputs: dict[str, None] = {}
-    anew: dict[ir.Node, None] = {}
     waiting = [value for node in reversed(ordered) for value in reversed(list(_read(node)))]
     seen: set[ir.Value] = set()
     while waiting:
@@ -244,7 +242,6 @@ def _block(
         if producer in flow or (value.is_graph_input() and value.graph is ordered[0].graph):
             inputs[value.name or ""] = None
         elif producer is not None and producer.graph is ordered[0].graph:  # depends on no layer
-            anew[producer] = None
             waiting += _read(producer)
     outputs = [
         value.name or ""
@@ -252,7 +249,7 @@ def _block(
         for value in node.outputs
         if value.is_graph_output() or readers.get(value, set()) - nodes
     ]
-    return Block(name, ordered, tuple(inputs), tuple(outputs), tuple(anew))
+    return Block(name, ordered, tuple(inputs), tuple(outputs))
 
 
 def _names(flow: nx.DiGraph[ir.Node], parts: Sequence[set[ir.Node]]) -> Iterator[str]:
