@@ -84,11 +84,18 @@ class CalibrateAffine(Pass):
                 raise PassError(f"{option} starts at 1, got {getattr(self, option)}")
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
+        from qcompile import torch_exec
         from qcompile.prefix import Prefix
         from qcompile.quantized import Quantized
         from qcompile.reconstruct import Engine, Settings
 
         assert ctx.target is not None
+        lacking = torch_exec.missing(model.graph)
+        if lacking:
+            raise PassError(
+                f"gradients go through the whole model, and torch cannot run {', '.join(lacking)} "
+                "here; reconstruct leaves out the blocks that have it"
+            )
         data = ctx.data()
         samples, kept = data.to_fit(self.samples)
         quantized = Quantized(model, ctx.target, self.device)
@@ -101,7 +108,9 @@ class CalibrateAffine(Pass):
             steps=self.steps, batch=self.batch, mix=0.0, weights=False, gains=self.gains,
             range_rate=self.rate, frames=self.frames,
         )  # fmt: skip
-        fitted = Engine(prefix, apart, settings, ctx.rng, outputs, term, ctx.progress).step(0)
+        engine = Engine(prefix, apart, [settings], ctx.rng, outputs, term, ctx.progress)
+        engine.enter(0)
+        fitted = engine.fit(0)
         quantized.write()
         decided = sum(layer.weight.spec is not None for layer in graph.layers(model))
         gains = len(quantized.gains)

@@ -256,7 +256,9 @@ class TorchGraph:
         return steps[::-1]
 
     def _entry(self, node: ir.Node) -> Entry:
-        return OPERATORS[node.op_type] if _runs(node) else torch_elsewhere.entry(node, self._imports)
+        return (
+            OPERATORS[node.op_type] if _runs(node) else torch_elsewhere.entry(node, self._imports)
+        )
 
     def __call__(
         self,
