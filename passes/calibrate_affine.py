@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Gains = Literal["none", "layer", "channel"]
 Temporal = Literal["none", "flow"]
+Device = Literal["cpu", "cuda"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +73,20 @@ class CalibrateAffine(Pass):
     rate: float = 0.001
     frames: int = 4
     samples: int = 128
-    device: str = "cpu"
+    device: Device = "cpu"
 
     def __post_init__(self) -> None:
-        for option, known in (("gains", Gains), ("temporal", Temporal)):
+        for option, known in (("gains", Gains), ("temporal", Temporal), ("device", Device)):
             if getattr(self, option) not in get_args(known):
                 found = getattr(self, option)
                 raise PassError(f"{option} is {' or '.join(get_args(known))}, not {found!r}")
-        for option in ("steps", "batch", "frames"):
+        for option in ("steps", "batch", "frames", "samples"):
             if getattr(self, option) < 1:
                 raise PassError(f"{option} starts at 1, got {getattr(self, option)}")
+        if not self.rate > 0:
+            raise PassError(f"rate must be above 0, got {self.rate:g}")
+        if not self.flow_weight >= 0:
+            raise PassError(f"flow-weight starts at 0, got {self.flow_weight:g}")
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         from qcompile import torch_exec

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qcompile.reconstruct import Fitted, Settings
 
 Method = Literal["adaround", "brecq", "qdrop"]
+Device = Literal["cpu", "cuda"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +72,21 @@ class Reconstruct(Pass):
     range_rate: float = 0.001
     samples: int = 128
     decide: float = 0.1
-    device: str = "cpu"
+    device: Device = "cpu"
 
     def __post_init__(self) -> None:
-        for option, known in (("method", Method), ("granularity", Granularity)):
+        for option, known in (("method", Method), ("granularity", Granularity), ("device", Device)):
             if getattr(self, option) not in get_args(known):
                 found = getattr(self, option)
                 raise PassError(f"{option} is {' or '.join(get_args(known))}, not {found!r}")
-        for option in ("steps", "batch"):
+        for option in ("steps", "batch", "samples"):
             if getattr(self, option) < 1:
                 raise PassError(f"{option} starts at 1, got {getattr(self, option)}")
+        for option, rate in (("rate", self.rate), ("range-rate", self.range_rate)):
+            if not rate > 0:
+                raise PassError(f"{option} must be above 0, got {rate:g}")
+        if not self.decide >= 0:
+            raise PassError(f"decide starts at 0, got {self.decide:g}")
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         from qcompile import torch_exec

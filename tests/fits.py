@@ -15,6 +15,7 @@ from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.calibrate import Calibration
 from qcompile.capture import capture
 from qcompile.models import fashion
+from qcompile.models import matting_video as video
 from qcompile.pipeline import Context, Step
 from qcompile.sources import Data, Sample
 
@@ -76,3 +77,13 @@ def noise(
     judge = simulate.Judge(reference, samples)
     found = judge.sqnr(simulate.simulate(model, target or OrtCpu()))
     return float(np.mean([10 ** (-db / 10) for db in found.values()]))
+
+
+def matting(frames: int) -> tuple[ir.Model, Calibration]:
+    """The shipped matting model, which has states, and the first ``frames`` frames of its clips."""
+    model = capture(video.path("matting.onnx"))
+    state = {f"r{i}": f"r{i}_out" for i in (1, 2, 3, 4)}
+    source = video.path("matting_calibration.npz")
+    clips = sources.load(source, ports.inputs_of(model), state=state).samples
+    few = [list(clips.sequence(n)[:frames]) for n in range(clips.sequences)]
+    return model, Calibration(sources.load(few, ports.inputs_of(model), state=state))

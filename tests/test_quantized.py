@@ -11,15 +11,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from qcompile import blocks, graph, ports, sequences, simulate, sources, spec
+from qcompile import blocks, graph, sequences, simulate, spec
 from qcompile.backends.base import Target
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.backends.tensorrt import TensorRtRtx
-from qcompile.calibrate import Calibration
-from qcompile.capture import capture
 from qcompile.execute import Session
 from qcompile.models import fashion
-from qcompile.models import matting_video as video
 from qcompile.sequences import Samples
 
 torch = pytest.importorskip("torch")
@@ -117,18 +114,11 @@ def test_the_engine_rounds_as_simulation_does(target: Target, name: str, passes:
     assert np.median(margins(model, target, data.samples[:5])) > (45 if exact else 10)
 
 
-def matting() -> tuple[ir.Model, Calibration]:
-    model = capture(video.path("matting.onnx"))
-    source = video.path("matting_calibration.npz")
-    state = {f"r{i}": f"r{i}_out" for i in (1, 2, 3, 4)}
-    return model, Calibration(sources.load(source, ports.inputs_of(model), state=state))
-
-
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_a_state_is_that_of_the_rounded_model(target: Target) -> None:
-    model, data = matting()
+    model, data = fits.matting(3)
     fits.run(model, INT8, data, target)
-    assert min(margins(model, target, data.samples.sequence(0)[:3])) > 10  # some lie on ties
+    assert min(margins(model, target, data.samples.sequence(0))) > 10  # some lie on ties
 
 
 SMALL = {
