@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Gains = Literal["none", "layer", "channel"]
 Temporal = Literal["none", "flow"]
+Device = Literal["cpu", "cuda"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,23 +73,34 @@ class CalibrateAffine(Pass):
     rate: float = 0.001
     frames: int = 4
     samples: int = 128
-    device: str = "cpu"
+    device: Device = "cpu"
 
     def __post_init__(self) -> None:
-        for option, known in (("gains", Gains), ("temporal", Temporal)):
+        for option, known in (("gains", Gains), ("temporal", Temporal), ("device", Device)):
             if getattr(self, option) not in get_args(known):
                 found = getattr(self, option)
                 raise PassError(f"{option} is {' or '.join(get_args(known))}, not {found!r}")
-        for option in ("steps", "batch", "frames"):
+        for option in ("steps", "batch", "frames", "samples"):
             if getattr(self, option) < 1:
                 raise PassError(f"{option} starts at 1, got {getattr(self, option)}")
+        if not self.rate > 0:
+            raise PassError(f"rate must be above 0, got {self.rate:g}")
+        if not self.flow_weight >= 0:
+            raise PassError(f"flow-weight starts at 0, got {self.flow_weight:g}")
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
+        from qcompile import torch_exec
         from qcompile.prefix import Prefix
         from qcompile.quantized import Quantized
         from qcompile.reconstruct import Engine, Settings
 
         assert ctx.target is not None
+        lacking = torch_exec.missing(model.graph)
+        if lacking:
+            raise PassError(
+                f"gradients go through the whole model, and torch cannot run {', '.join(lacking)} "
+                "here; reconstruct leaves out the blocks that have it"
+            )
         data = ctx.data()
         samples, kept = data.to_fit(self.samples)
         quantized = Quantized(model, ctx.target, self.device)
@@ -101,7 +113,9 @@ class CalibrateAffine(Pass):
             steps=self.steps, batch=self.batch, mix=0.0, weights=False, gains=self.gains,
             range_rate=self.rate, frames=self.frames,
         )  # fmt: skip
-        fitted = Engine(prefix, apart, settings, ctx.rng, outputs, term, ctx.progress).step(0)
+        engine = Engine(prefix, apart, [settings], ctx.rng, outputs, term, ctx.progress)
+        engine.enter(0)
+        fitted = engine.fit(0)
         quantized.write()
         decided = sum(layer.weight.spec is not None for layer in graph.layers(model))
         gains = len(quantized.gains)

@@ -7,6 +7,7 @@ et al., arXiv 2203.05740), LSQ (Esser et al., arXiv 1902.08153).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import onnx_ir as ir
@@ -15,11 +16,13 @@ from qcompile import blocks
 from qcompile.blocks import Granularity
 from qcompile.errors import PassError
 from qcompile.pipeline import Context, Pass, Stats
+from qcompile.sequences import Sample
 
 if TYPE_CHECKING:
     from qcompile.reconstruct import Fitted, Settings
 
 Method = Literal["adaround", "brecq", "qdrop"]
+Device = Literal["cpu", "cuda"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +37,11 @@ class Reconstruct(Pass):
     A block reads what the quantized blocks in front of it give, and is fitted to what the float
     model has in its place, so that it makes good for errors in front.
 
-    * ``method``: ``adaround`` fits weights alone; ``brecq`` weights, then ranges; ``qdrop`` both at
-      once, each element that is read or rounded inside left in float by a chance of one half.
+    * ``method``: ``adaround`` fits weights alone; ``brecq`` weights, then ranges, with squared
+      errors weighed by how much the outputs of the model feel them; ``qdrop`` both at once, each
+      element that is read or rounded inside left in float by a chance of one half. The weights of
+      ``brecq`` are our reconstruction: the paper squares gradients of a loss with labels, we
+      those of outputs with random signs.
     * ``granularity``: ``block`` (residual blocks, modules: see ``qcompile.blocks``) or ``layer``.
     * ``steps``, ``batch``: steps for each block, and samples in each step.
     * ``rate``, ``range-rate``: of Adam, for ``V`` and for ``f``.
@@ -44,8 +50,9 @@ class Reconstruct(Pass):
       do if the outputs of the whole model get worse there.
     * ``device``: ``cpu`` or ``cuda``.
 
-    A block with an operator that torch cannot run here is left as it was, and counted. With another
-    number of threads sums round otherwise, and codes may differ.
+    A block with an operator that torch cannot run here is left as it was, and counted; ``brecq``
+    raises PassError for it. With another number of threads sums round otherwise, and codes may
+    differ. With ``--resume`` an interrupted run goes on behind the last block that was fitted.
     """
 
     name: ClassVar[str] = "reconstruct"
@@ -65,53 +72,91 @@ class Reconstruct(Pass):
     range_rate: float = 0.001
     samples: int = 128
     decide: float = 0.1
-    device: str = "cpu"
+    device: Device = "cpu"
 
     def __post_init__(self) -> None:
-        for option, known in (("method", Method), ("granularity", Granularity)):
+        for option, known in (("method", Method), ("granularity", Granularity), ("device", Device)):
             if getattr(self, option) not in get_args(known):
                 found = getattr(self, option)
                 raise PassError(f"{option} is {' or '.join(get_args(known))}, not {found!r}")
-        for option in ("steps", "batch"):
+        for option in ("steps", "batch", "samples"):
             if getattr(self, option) < 1:
                 raise PassError(f"{option} starts at 1, got {getattr(self, option)}")
+        for option, rate in (("rate", self.rate), ("range-rate", self.range_rate)):
+            if not rate > 0:
+                raise PassError(f"{option} must be above 0, got {rate:g}")
+        if not self.decide >= 0:
+            raise PassError(f"decide starts at 0, got {self.decide:g}")
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
+        from qcompile import torch_exec
         from qcompile.prefix import Prefix
         from qcompile.quantized import Quantized
-        from qcompile.reconstruct import Engine
+        from qcompile.reconstruct import Engine, Fitted, importance
 
         assert ctx.target is not None
         data = ctx.data()
         samples, kept = data.to_fit(self.samples)
         quantized = Quantized(model, ctx.target, self.device)
         parts = blocks.partition(model, samples.state, self.granularity)
-        prefix, apart = (Prefix(quantized, parts, s, data.mask) for s in (samples, kept))
+        plain, prefix, apart = (
+            Prefix(quantized, parts, some, data.mask) for some in (kept, samples, kept)
+        )
+        if self.method == "brecq":
+            self._check(torch_exec.missing(model.graph))
+            for name, each in (("fit", prefix), ("apart", apart)):
+                each.importance = importance(each, ctx.rng(f"importance {name}"))
+        plain.run()
         engine = Engine(prefix, apart, self._settings(), ctx.rng)
         done: list[Fitted] = []
-        for number in ctx.progress(range(len(parts)), "blocks", len(parts)):
-            fitted = engine.step(number)
-            if fitted is not None:
+        left = 0
+        for number in map(int, ctx.progress(range(len(parts)), "blocks", len(parts))):
+            engine.enter(number)
+            arrays = ctx.checkpoint(f"block {number}", lambda n=number: _arrays(engine.fit(n)))
+            lacking = torch_exec.missing(parts[number].nodes)
+            if lacking and quantized.layers(parts[number]):
+                left += 1
+                ctx.log(f"{parts[number].name}: left, torch cannot run {', '.join(lacking)}")
+            if arrays:
+                fitted = Fitted.from_arrays(arrays)
+                quantized.codes |= fitted.codes
+                quantized.factors |= fitted.factors
                 done.append(fitted)
-                ctx.log(
-                    f"{fitted.block}: {fitted.before:.5f} -> {fitted.after:.5f}"
-                    + ("" if fitted.kept else ", dropped")
-                )
-        quantized.write()
-        return {
-            "blocks": len(done),
-            "dropped": sum(not fitted.kept for fitted in done),
-        }
+                said = "" if fitted.kept else ", dropped"
+                ctx.log(f"{fitted.block}: {fitted.before:.5f} -> {fitted.after:.5f}{said}")
+            engine.leave(number)
+        before, after = plain.error(), apart.error()
+        better = after <= before
+        ctx.log(f"outputs: {before:.5f} -> {after:.5f}{'' if better else ', all dropped'}")
+        if better:
+            quantized.write()
+        kept_blocks = [fitted for fitted in done if fitted.kept and better]
+        return {"blocks": len(done), "dropped": len(done) - len(kept_blocks), "left alone": left}
 
-    def _settings(self) -> Settings:
+    def _check(self, lacking: Sequence[str]) -> None:
+        if lacking:
+            raise PassError(
+                f"method=brecq takes gradients through the whole model, and torch cannot run "
+                f"{', '.join(lacking)} here; qdrop and adaround leave out the blocks that have it"
+            )
+
+    def _settings(self) -> list[Settings]:
+        """One for each stage of the fit of a block."""
         from qcompile.reconstruct import Settings
 
-        return Settings(
+        both = Settings(
             steps=self.steps,
             batch=self.batch,
             mix=0.5 if self.method == "qdrop" else 0.0,
-            ranges=self.method != "adaround",
             weight_rate=self.rate,
             range_rate=self.range_rate,
             decide=self.decide,
+            weighed=self.method == "brecq",
         )
+        stages = [dataclasses.replace(both, ranges=False), dataclasses.replace(both, weights=False)]
+        return {"qdrop": [both], "adaround": stages[:1], "brecq": stages}[self.method]
+
+
+def _arrays(fitted: Fitted | None) -> Sample:
+    """What is kept of a block; nothing if it had nothing to fit."""
+    return {} if fitted is None else fitted.to_arrays()

@@ -7,6 +7,7 @@ the names of nodes. What carries a state from run to run is never cut.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -62,7 +63,7 @@ def partition(
     reads it. Blocks that need each other's outputs, in one run or over ``state`` in the next, are
     one, however many layers are on a path from the input of a state to its output.
     """
-    flow = _flow(model)
+    flow = _flow(model, state or {})
     together: Any = UnionFind(flow)  # untyped
     if granularity == "block":
         for region in _modules(flow, most):
@@ -73,7 +74,11 @@ def partition(
     readers = _readers(model)
     edges = [*flow.edges, *_carried(model, flow, readers, state or {})]
     parts = [set(part) for part in together.to_sets()]
-    return [_block(flow, readers, nodes) for nodes in _ordered(flow, parts, edges)]
+    ordered = list(_ordered(flow, parts, edges))
+    return [
+        _block(name, flow, readers, nodes)
+        for name, nodes in zip(_names(flow, ordered), ordered, strict=True)
+    ]
 
 
 def whole(model: ir.Model) -> Block:
@@ -83,15 +88,17 @@ def whole(model: ir.Model) -> Block:
     return Block("model", tuple(model.graph), inputs, outputs)
 
 
-def _flow(model: ir.Model) -> nx.DiGraph[ir.Node]:
+def _flow(model: ir.Model, state: Mapping[str, str]) -> nx.DiGraph[ir.Node]:
     """The nodes that are layers or depend on one, in the order of the graph; an edge to a reader.
 
-    What the bodies of a node read counts as read by the node.
+    So is what gives a state, that of a counter as well. What the bodies of a node read counts as
+    read by the node.
     """
     flow: nx.DiGraph[ir.Node] = nx.DiGraph()
+    giving = {v.producer() for v in model.graph.outputs if v.name in state.values()}
     for node in model.graph:
         before = [p for p in map(ir.Value.producer, _read(node)) if p in flow]
-        if before or graph.layer_of(node) is not None:
+        if before or graph.layer_of(node) is not None or node in giving:
             flow.add_node(node)
             flow.add_edges_from((p, node) for p in before if p is not None)
     return flow
@@ -111,6 +118,7 @@ def _joined(flow: nx.DiGraph[ir.Node], most: int) -> Iterator[set[ir.Node]]:
     library: Any = nx  # partly untyped
     rooted: Any = library.DiGraph(flow)
     entry = "entry"  # stands in front of all that reads no other node
+    rooted.add_node(entry)
     rooted.add_edges_from((entry, node) for node in flow if not flow.in_degree(node))
     above: Mapping[ir.Node, ir.Node | str] = library.immediate_dominators(rooted, entry)
     for join in flow:
@@ -216,7 +224,10 @@ def _members(condensed: Any, number: int) -> set[int]:
 
 
 def _block(
-    flow: nx.DiGraph[ir.Node], readers: Mapping[ir.Value, set[ir.Node]], nodes: set[ir.Node]
+    name: str,
+    flow: nx.DiGraph[ir.Node],
+    readers: Mapping[ir.Value, set[ir.Node]],
+    nodes: set[ir.Node],
 ) -> Block:
     ordered = tuple(node for node in flow if node in nodes)
     inputs: dict[str, None] = {}
@@ -238,13 +249,20 @@ def _block(
         for value in node.outputs
         if value.is_graph_output() or readers.get(value, set()) - nodes
     ]
-    return Block(_called(ordered), ordered, tuple(inputs), tuple(outputs))
+    return Block(name, ordered, tuple(inputs), tuple(outputs))
 
 
-def _called(nodes: Sequence[ir.Node]) -> str:
-    """The module that all of ``nodes`` are in, or the name of the first layer, or node."""
-    modules = {_module(node.name or "") for node in nodes}
-    if len(modules) == 1 and (module := modules.pop()):
-        return module
-    layers = [node for node in nodes if graph.layer_of(node) is not None]
-    return (layers or list(nodes))[0].name or ""
+def _names(flow: nx.DiGraph[ir.Node], parts: Sequence[set[ir.Node]]) -> Iterator[str]:
+    """For each part the module that its layers are in, alone; or else the name of its first layer.
+
+    Of a part without a layer, that of its first node.
+    """
+    inside = [{_module(n.name or "") for n in part if graph.layer_of(n)} for part in parts]
+    shared = collections.Counter(module for modules in inside for module in modules)
+    place = {node: index for index, node in enumerate(flow)}
+    for part, modules in zip(parts, inside, strict=True):
+        if len(modules) == 1 and shared[module := next(iter(modules))] == 1 and module:
+            yield module
+        else:
+            layers = [node for node in part if graph.layer_of(node) is not None]
+            yield min(layers or part, key=place.__getitem__).name or ""

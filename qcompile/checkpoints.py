@@ -7,6 +7,9 @@ fork. With ``--resume`` a state is written behind every pass; without, when ``SE
 would be lost and the weights are below an eighth of ``LIMIT_BYTES``. The oldest go when all
 together exceed that limit.
 
+What a long pass keeps inside (``Context.checkpoint``) lies in ``<key>.parts/``, with ``--resume``
+only, until the pass is done.
+
 The folder is ``$QCOMPILE_CACHE``, or ``~/.cache/qcompile/runs``; it may be deleted at any time.
 """
 
@@ -21,14 +24,16 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
+from urllib.parse import quote, unquote
 
+import numpy as np
 import onnx_ir as ir
 
 import qcompile
 from qcompile import execute, folders, report, text
-from qcompile.pipeline import Pass, Step
+from qcompile.pipeline import Arrays, Pass, Step
 
 SECONDS = 2.0
 LIMIT_BYTES = 8 << 30
@@ -86,6 +91,60 @@ class Checkpoints:
         except OSError as error:
             self.log(f"no state is kept: {error}")
         self._since = time.monotonic()
+
+    def parts(self, key: str | None) -> Parts | None:
+        """What the pass in front of the state ``key`` keeps inside; None without ``--resume``."""
+        if key is None or not self.resume:
+            return None
+        found = Parts(folder() / f"{key}.parts", self.log)
+        if len(found):
+            self.log(f"resumed inside a pass, of which {len(found)} parts were done")
+        return found
+
+
+class Parts(MutableMapping[str, Arrays]):
+    """Arrays by key, each in a file that appears whole; a full disk is said, no error."""
+
+    def __init__(self, place: pathlib.Path, log: Callable[[str], None]) -> None:
+        self._place = place
+        self._log = log
+
+    def __getitem__(self, key: str) -> Arrays:
+        try:
+            with np.load(self._file(key)) as archive:
+                return dict(archive)
+        except FileNotFoundError:
+            raise KeyError(key) from None
+        except Exception as error:  # a damaged part is as good as none
+            self._log(f"the part {key!r} in {self._place} is damaged ({error}); it is not used")
+            raise KeyError(key) from error
+
+    def __setitem__(self, key: str, arrays: Arrays) -> None:
+        file = self._file(key)
+        try:
+            self._place.mkdir(parents=True, exist_ok=True)
+            scratch = file.with_suffix(f".{os.getpid()}")
+            with scratch.open("wb") as opened:
+                np.savez(opened, **arrays)  # type: ignore[arg-type]
+            os.replace(scratch, file)
+        except OSError as error:
+            self._log(f"a part is not kept: {error}")
+
+    def __delitem__(self, key: str) -> None:
+        self._file(key).unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return (unquote(file.stem) for file in sorted(self._place.glob("*.npz")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def clear(self) -> None:
+        """Remove all of them."""
+        shutil.rmtree(self._place, ignore_errors=True)
+
+    def _file(self, key: str) -> pathlib.Path:
+        return self._place / f"{quote(key, safe='')}.npz"
 
 
 def first_key(model: ir.Model, *parts: str) -> str:

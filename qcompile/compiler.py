@@ -216,16 +216,25 @@ class Compiler:
             count, model, steps = found
             passes, keys, position = passes[count:], keys[count:], position + count
         behind = iter(keys)
+        key: str | None = None
+
+        def start(step: Pass, model: ir.Model) -> None:
+            nonlocal key
+            key = next(behind, None)
+            context.parts = states.parts(key)
+            if before is not None:
+                before(step, model)
 
         def keep(model: ir.Model, done: Step) -> None:
             steps.append(done)
-            key = next(behind, None)
             if key is not None:
                 states.save(key, model, steps)
+            if context.parts is not None:
+                context.parts.clear()
 
         assert context.target is not None
         watch = self._watch(judge, context.target, place, keep)
-        watch.before, watch.known = before, self._known
+        watch.before, watch.known = start, self._known
         pipeline.run(model, passes, context, watch, position)
         return model, steps
 

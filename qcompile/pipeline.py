@@ -12,12 +12,13 @@ import dataclasses
 import hashlib
 import importlib.util
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import joblib
 import networkx as nx
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile import graph, spec, syntax, text, threads, verify
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from qcompile.calibrate import Calibration
 
 Stats = dict[str, int | float | str]
+Arrays = dict[str, npt.NDArray[Any]]
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -103,7 +105,7 @@ class Context:
     """The services that a pass may use. Results of passes live on the model, never here.
 
     ``reference`` is the float model as captured. ``jobs`` is the number of worker processes that
-    ``map`` may use; its result does not depend on it.
+    ``map`` may use; its result does not depend on it. ``parts`` is what ``checkpoint`` keeps.
     """
 
     seed: int = 0
@@ -113,6 +115,7 @@ class Context:
     jobs: int = 1
     log: Callable[[str], None] = silent
     progress: Callable[..., Iterable[Any]] = no_progress
+    parts: MutableMapping[str, Arrays] | None = None
 
     def rng(self, key: str) -> np.random.Generator:
         """Randomness that depends on the seed and ``key`` only."""
@@ -133,6 +136,18 @@ class Context:
         )
         count = len(items) if isinstance(items, Sized) else total
         return list(self.progress(lazy, label, count))
+
+    def checkpoint(self, key: str, compute: Callable[[], Arrays]) -> Arrays:
+        """What ``compute`` returns, or what it did when a run that was killed was here.
+
+        It depends on ``key``, and on what the state behind this pass depends on (see checkpoints).
+        """
+        found = None if self.parts is None else self.parts.get(key)
+        if found is None:
+            found = compute()
+            if self.parts is not None:
+                self.parts[key] = found
+        return found
 
     def data(self) -> Calibration:
         """The calibration data; raises PassError if there is none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,8 @@ class Prefix:
         blocks: see ``blocks.partition``.
         samples: what to run.
         mask: the input that is 0 where a position does not count, or None.
+
+    An operator that torch lacks is run by ONNX Runtime, and stops gradients.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class Prefix:
         self.float = Trajectory(samples)
         self.rounded = Trajectory(samples)
         self.entered = {value.name or "" for value in quantized.model.graph.inputs}
+        # What an error at each element of what a block writes counts, of each sample.
+        self.importance: Sequence[Sample] | None = None
 
     def enter(self, number: int) -> TorchGraph:
         """Run block ``number`` in float, and return it as a function."""
@@ -65,7 +70,64 @@ class Prefix:
     def function(self, block: Block, outputs: Sequence[str]) -> TorchGraph:
         """``outputs``, computed of what ``block`` reads."""
         quantized = self.quantized
-        return TorchGraph(quantized.model, block.inputs, outputs, quantized.device)
+        return TorchGraph(quantized.model, block.inputs, outputs, quantized.device, elsewhere=True)
+
+    def run(self) -> None:
+        """Run all blocks, in float and as they are rounded now."""
+        for number in range(len(self.blocks)):
+            self.leave(number, self.enter(number))
+
+    def error(self) -> float:
+        """The relative error of the outputs of the model, of blocks that have all been left.
+
+        The power of the error over that of the float output, the mean over floats that are no
+        states; 0 if there are none.
+        """
+        given = {name for block in self.blocks for name in block.outputs}
+        names = [v.name or "" for v in self.quantized.model.graph.outputs if v.name in given]
+        names = [name for name in names if name not in self.samples.state.values()] or names
+        names = [name for name in names if self.float.value(name, 0).dtype.kind == "f"]
+        totals = np.zeros((len(names), 2))
+        for number in range(len(self.samples)):
+            found, wanted = (
+                self.tensors({name: trajectory.value(name, number) for name in names})
+                for trajectory in (self.rounded, self.float)
+            )
+            for row, name in enumerate(names):
+                if found[name].shape == wanted[name].shape:
+                    totals[row] += list(map(float, self.powers(name, found, wanted, [number])))
+        return float(np.mean(totals[:, 0] / np.maximum(totals[:, 1], 1e-30))) if names else 0.0
+
+    def powers(
+        self,
+        name: str,
+        found: Tensors,
+        wanted: Tensors,
+        numbers: Sequence[int],
+        weighed: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """The power of the error of ``name`` and of what is wanted, where positions count.
+
+        Both are sums of squares over the samples ``numbers``, times the importance if ``weighed``.
+        """
+        noise, power = (found[name] - wanted[name]) ** 2, wanted[name] ** 2
+        if self.mask is not None and name in self.lined:
+            mask = self.mask
+            counted = self.joined([{mask: self.samples[n][mask]} for n in numbers])[mask]
+            counted = counted.to(noise).reshape(counted.shape + (1,) * (noise.dim() - 2))
+            noise, power = noise * counted, power * counted
+        known = self.importance if weighed else None
+        if known is not None and name in known[numbers[0]]:  # or no output of the model reads it
+            weight = self.joined([{name: known[n][name]} for n in numbers])[name]
+            noise, power = noise * weight, power * weight
+        return noise.sum(), power.sum()
+
+    def joined(self, samples: Sequence[Sample]) -> Tensors:
+        """``samples`` as one batch."""
+        if len(samples) == 1:
+            return self.tensors(samples[0])
+        names = samples[0]
+        return self.tensors({n: np.concatenate([s[n] for s in samples]) for n in names})
 
     def feeds(self, block: Block, number: int) -> Sample:
         """What ``block`` reads of sample ``number``, rounded; a state is that of the float model.

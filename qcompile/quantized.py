@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -152,6 +152,13 @@ class Quantized:
                 rounded = self._activation(found, factors, spare)
                 after[name] = _both(after[name], rounded) if name in after else rounded
         return at, after
+
+    def drop(self, codes: Iterable[Key], factors: Iterable[str]) -> None:
+        """Forget what was found for these weights and ranges."""
+        for key in codes:
+            del self.codes[key]
+        for value in factors:
+            del self.factors[value]
 
     def write(self) -> None:
         """Write the codes and ranges that were found into the model."""

@@ -9,6 +9,7 @@ errors are weighed.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcompile import graph, rounding
+from qcompile import blocks, graph, rounding, torch_exec
 from qcompile.blocks import Block
+from qcompile.numerics import Codes
 from qcompile.prefix import Prefix, Tensors
-from qcompile.quantized import Gain, Key, Maps, Spare
+from qcompile.quantized import Gain, Key, Map, Maps, Spare
 from qcompile.sequences import Sample, Samples
+from qcompile.spill import Spill
 from qcompile.torch_exec import TorchGraph
 
 
@@ -41,6 +44,7 @@ class Settings:
     * ``decide``: what the mean over the weights of ``1 - |2 h - 1| ** b`` counts beside the
       relative error, in the last 80 % of the steps, with ``b`` falling from 20 to 2 (AdaRound).
     * ``frames``: the most frames in a row that a step goes through.
+    * ``weighed``: whether squared errors count by ``Prefix.importance``.
     """
 
     steps: int = 500
@@ -55,6 +59,7 @@ class Settings:
     range_rate: float = 0.001
     decide: float = 0.1
     frames: int = 8
+    weighed: bool = False
 
 
 Term = Callable[[Sequence[Sequence[int]], Sequence[Tensors]], Tensor]
@@ -65,22 +70,40 @@ class Fitted:
     """What became of a block: its relative error on the samples apart, before and after its fit.
 
     The power of the error over that of the float output, the mean over outputs. ``kept`` is false
-    where the fit made it worse and was dropped.
+    where the fit made it worse and was dropped; else ``codes`` and ``factors`` were found.
     """
 
     block: str
     before: float
     after: float
     kept: bool
+    codes: Mapping[Key, Codes]
+    factors: Mapping[str, float]
+
+    def to_arrays(self) -> Sample:
+        """As arrays by name."""
+        fields = dataclasses.asdict(self) | {"codes": [list(key) for key in self.codes]}
+        arrays = {str(number): array for number, array in enumerate(self.codes.values())}
+        return {"fields": np.array(json.dumps(fields)), **arrays}
+
+    @staticmethod
+    def from_arrays(arrays: Sample) -> Fitted:
+        """What ``to_arrays`` made arrays of."""
+        fields = json.loads(str(arrays["fields"]))
+        keys: list[Key] = [(weight, scale) for weight, scale in fields["codes"]]
+        fields["codes"] = {key: arrays[str(number)] for number, key in enumerate(keys)}
+        return Fitted(**fields)
 
 
 class Engine:
     """Fits the blocks of a quantized model one after the other.
 
+    A block is entered, fitted, and left.
+
     Args:
         prefix: the model, and the samples to fit on.
         apart: the same model, and the samples that decide whether a fit is kept.
-        settings: how.
+        settings: how; one after the other, each kept or dropped by itself.
         rng: randomness by key.
         outputs: what is compared of each block; all floats that it writes if None.
         term: added to the loss, of the numbers of the frames in a row of some windows, and what the
@@ -92,7 +115,7 @@ class Engine:
         self,
         prefix: Prefix,
         apart: Prefix,
-        settings: Settings,
+        settings: Sequence[Settings],
         rng: Callable[[str], np.random.Generator],
         outputs: Sequence[str] | None = None,
         term: Term | None = None,
@@ -105,15 +128,39 @@ class Engine:
         self.apart = apart
         self.settings = settings
         self.rng = rng
+        self._part: TorchGraph | None = None
 
-    def step(self, number: int) -> Fitted | None:
-        """Fit block ``number`` and run it; None if it has nothing to fit."""
-        part = self.prefix.enter(number)
+    def enter(self, number: int) -> None:
+        """Run block ``number`` in float."""
+        self._part = self.prefix.enter(number)
         self.apart.enter(number)
-        done = _Fit(self, part, self.prefix.blocks[number]).run()
+
+    def fit(self, number: int) -> Fitted | None:
+        """Fit block ``number``; None if it has nothing to fit, or an operator without gradient."""
+        assert self._part is not None
+        block = self.prefix.blocks[number]
+        if torch_exec.missing(block.nodes):
+            return None
+        fits = [_Fit(self, settings, self._part, block).run() for settings in self.settings]
+        done = [fit for fit in fits if fit is not None]
+        if not done:
+            return None
+        kept = [fit for fit in done if fit.kept]
+        last = done[-1]
+        return Fitted(
+            block.name,
+            done[0].before,
+            last.after if last.kept or not kept else last.before,
+            bool(kept),
+            {key: codes for fit in kept for key, codes in fit.codes.items()},
+            {value: factor for fit in kept for value, factor in fit.factors.items()},
+        )
+
+    def leave(self, number: int) -> None:
+        """Run block ``number`` as it is rounded now."""
+        assert self._part is not None
         for prefix in (self.prefix, self.apart):
-            prefix.leave(number, part)
-        return done
+            prefix.leave(number, self._part)
 
 
 # Numbers of samples, the frames of a sequence in a row.
@@ -123,9 +170,9 @@ Window = Sequence[int]
 class _Fit:
     """The fit of one block."""
 
-    def __init__(self, engine: Engine, part: TorchGraph, block: Block) -> None:
+    def __init__(self, engine: Engine, settings: Settings, part: TorchGraph, block: Block) -> None:
         self._engine = engine
-        self._settings = engine.settings
+        self._settings = settings
         self._prefix = engine.prefix
         self._quantized = engine.prefix.quantized
         self._part = part
@@ -156,19 +203,19 @@ class _Fit:
             return None
         before = self._error()
         self._descend(weights, factors, gains)
-        quantized.codes |= {key: weight.codes() for key, weight in weights.items()}
-        quantized.factors |= {v: float(torch.exp(log.detach())) for v, log in factors.items()}
+        codes = {key: weight.codes() for key, weight in weights.items()}
+        found = {value: float(torch.exp(log.detach())) for value, log in factors.items()}
+        quantized.codes |= codes
+        quantized.factors |= found
         quantized.gains |= gains
         after = self._error()
         kept = after <= before  # which it is not if it is NaN
         if not kept:
             for name in gains:
                 del quantized.gains[name]
-            for key in weights:
-                del quantized.codes[key]
-            for value in factors:
-                del quantized.factors[value]
-        return Fitted(self._block.name, before, after, kept)
+            quantized.drop(codes, found)
+            codes, found = {}, {}
+        return Fitted(self._block.name, before, after, kept, codes, found)
 
     def _gains(self) -> dict[str, Gain]:
         """A gain of one and a shift of zero for each layer that takes one."""
@@ -256,12 +303,10 @@ class _Fit:
         for numbers in frames:
             feeds = self._read(numbers, spare) | state
             found = self._part(feeds, *maps)
-            losses += [
-                noise / torch.clamp(power, min=1e-30)
-                for noise, power in self._powers(
-                    found, self._wanted(numbers, feeds), numbers, self._prefix
-                )
-            ]
+            wanted = self._wanted(numbers, feeds)
+            for name in self._outputs:
+                noise, power = self._powers(name, found, wanted, numbers, self._prefix)
+                losses.append(noise / torch.clamp(power, min=1e-30))
             state = {taken: found[given] for taken, given in self._state.items()}
             results.append(found)
         loss = torch.stack(losses).mean()
@@ -278,8 +323,9 @@ class _Fit:
                 for number in span:
                     feeds = apart.tensors(apart.feeds(self._block, number)) | state
                     found = self._part(feeds, *maps)
-                    each = self._powers(found, self._float([number], apart), [number], apart)
-                    for name, (noise, power) in zip(self._outputs, each, strict=True):
+                    wanted = self._float([number], apart)
+                    for name in self._outputs:
+                        noise, power = self._powers(name, found, wanted, [number], apart)
                         noises[name] += float(noise)
                         powers[name] += float(power)
                     state = {taken: found[given] for taken, given in self._state.items()}
@@ -288,10 +334,10 @@ class _Fit:
     def _read(self, numbers: Sequence[int], spare: Spare | None) -> Tensors:
         """What the block reads of samples, as one batch; states are those of the float model."""
         prefix = self._prefix
-        given = self._joined([prefix.float.feeds(self._block.inputs, n) for n in numbers])
+        given = prefix.joined([prefix.float.feeds(self._block.inputs, n) for n in numbers])
         if not self._settings.prefix:
             return given
-        rounded = self._joined([prefix.feeds(self._block, n) for n in numbers])
+        rounded = prefix.joined([prefix.feeds(self._block, n) for n in numbers])
         if spare is not None:
             for name in rounded.keys() - prefix.entered:
                 if rounded[name].is_floating_point():
@@ -306,26 +352,12 @@ class _Fit:
 
     def _float(self, numbers: Sequence[int], prefix: Prefix) -> Tensors:
         value = prefix.float.value
-        return self._joined([{name: value(name, n) for name in self._outputs} for n in numbers])
+        return prefix.joined([{name: value(name, n) for name in self._outputs} for n in numbers])
 
     def _powers(
-        self, found: Tensors, wanted: Tensors, numbers: Sequence[int], prefix: Prefix
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The power of the error and of what is wanted, of each output, where positions count."""
-        for name in self._outputs:
-            noise, power = (found[name] - wanted[name]) ** 2, wanted[name] ** 2
-            if prefix.mask is not None and name in prefix.lined:
-                samples, mask = prefix.samples, prefix.mask
-                counted = self._joined([{mask: samples[n][mask]} for n in numbers])[mask]
-                counted = counted.to(noise).reshape(counted.shape + (1,) * (noise.dim() - 2))
-                noise, power = noise * counted, power * counted
-            yield noise.sum(), power.sum()
-
-    def _joined(self, samples: Sequence[Sample]) -> Tensors:
-        if len(samples) == 1:
-            return self._prefix.tensors(samples[0])
-        names = samples[0]
-        return self._prefix.tensors({n: np.concatenate([s[n] for s in samples]) for n in names})
+        self, name: str, found: Tensors, wanted: Tensors, numbers: Sequence[int], prefix: Prefix
+    ) -> tuple[Tensor, Tensor]:
+        return prefix.powers(name, found, wanted, numbers, self._settings.weighed)
 
     def _shapes(self, window: Window) -> tuple[Any, ...]:
         """What must be alike in windows that are run as one batch."""
@@ -345,7 +377,7 @@ class _Fit:
         feeds = [self._prefix.float.feeds(self._block.inputs, n) for n in numbers]
         with torch.no_grad():
             try:
-                whole = self._part(self._joined(feeds))
+                whole = self._part(self._prefix.joined(feeds))
             except Exception:
                 return False
             each = [self._part(self._prefix.tensors(sample)) for sample in feeds]
@@ -362,6 +394,73 @@ class _Fit:
 def _windows(samples: Samples, state: bool) -> list[range]:
     """The numbers of ``samples``, each alone, or with ``state`` those of a sequence in a row."""
     return samples.spans() if state else [range(n, n + 1) for n in range(len(samples))]
+
+
+# Draws of signs, for each sample. The mean over more of them is no better known than over samples.
+DRAWS = 4
+
+
+def importance(prefix: Prefix, rng: np.random.Generator) -> Sequence[Sample]:
+    """How much an error at each element of what blocks write is felt at the outputs of the model.
+
+    The diagonal of ``J^T J``, with ``J`` the derivatives of the outputs, each over the root of its
+    power, by that element: the mean of ``(v^T J)^2`` over a few vectors ``v`` of random signs. That
+    is Gauss-Newton for squared errors, and stands for the squared gradients of a loss with labels
+    in BRECQ (Li et al., arXiv 2102.05426, equation 10). The float model is differentiated, within a
+    frame. The mean over each value is 1; it is 1 everywhere if no output depends on the value.
+    """
+    model, device = prefix.quantized.model, prefix.quantized.device
+    whole = blocks.whole(model)
+    function = TorchGraph(model, whole.inputs, whole.outputs, device)
+    names = {name for block in prefix.blocks for name in block.outputs}
+    signs = torch.Generator(device)
+    signs.manual_seed(int(rng.integers(1 << 62)))
+    spill, state = Spill(), Sample()
+    for number in range(len(prefix.samples)):
+        values: Tensors = {}
+
+        def kept(name: str, values: Tensors = values) -> Map:
+            def keep(x: Tensor) -> Tensor:
+                if x.is_floating_point():
+                    values[name] = x = x if x.requires_grad else x.requires_grad_()
+                return x
+
+            return keep
+
+        results = function(
+            prefix.tensors({**state, **prefix.samples[number]}), after={n: kept(n) for n in names}
+        )
+        state = {
+            taken: results[given].detach().cpu().numpy()
+            for taken, given in prefix.samples.state.items()
+        }
+        outputs = [y for y in results.values() if y.requires_grad and y.numel()]
+        spill.append(_squared(outputs, values, signs))
+    return spill
+
+
+def _squared(outputs: Sequence[Tensor], values: Tensors, signs: torch.Generator) -> Sample:
+    """The mean over draws of the squared gradient of a sum of ``outputs`` with random signs."""
+    total = {name: torch.zeros_like(x) for name, x in values.items()}
+    scales = [1 / torch.clamp(y.detach().square().sum().sqrt(), min=1e-30) for y in outputs]
+    for _ in range(DRAWS if outputs else 0):
+        drawn = [
+            scale * (torch.randint(0, 2, y.shape, generator=signs, device=y.device) * 2 - 1)
+            for y, scale in zip(outputs, scales, strict=True)
+        ]
+        library: Any = torch.autograd  # of which the types know no allow_unused
+        gradients: Sequence[Tensor | None] = library.grad(
+            outputs, list(values.values()), drawn, retain_graph=True, allow_unused=True
+        )
+        for name, gradient in zip(values, gradients, strict=True):
+            if gradient is not None:
+                total[name] += gradient**2
+    found: Sample = {}
+    for name, squares in total.items():
+        mean = squares.mean()
+        even = squares / mean if mean > 0 else torch.ones_like(squares)
+        found[name] = even.cpu().numpy()
+    return found
 
 
 def _add_gradient(loss: Tensor) -> None:

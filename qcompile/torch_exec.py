@@ -14,7 +14,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qcompile import torch_attention, torch_layers, torch_math, torch_moves, torch_recurrent
+from qcompile import (
+    torch_attention,
+    torch_elsewhere,
+    torch_layers,
+    torch_math,
+    torch_moves,
+    torch_recurrent,
+)
 from qcompile.errors import PassError, nearest
 from qcompile.torch_table import Call, Entry, Table, dtype_of, tensor_of
 
@@ -151,7 +158,8 @@ class TorchGraph:
     operators read as numbers, such as a shape, are on the CPU, whatever ``device`` is.
 
     Raises PassError if an operator cannot be run, if a name is unknown, or if an input of the model
-    is needed that is not among ``inputs``.
+    is needed that is not among ``inputs``. With ``elsewhere`` ONNX Runtime runs the operators that
+    the table lacks, without a gradient; these are ``lacking``.
     """
 
     def __init__(
@@ -160,6 +168,7 @@ class TorchGraph:
         inputs: Sequence[str],
         outputs: Sequence[str],
         device: str = "cpu",
+        elsewhere: bool = False,
     ) -> None:
         self._device = torch.device(device)
         self._opset = model.graph.opset_imports.get("", 1)
@@ -170,10 +179,14 @@ class TorchGraph:
         self._inputs = {name: known[name] for name in inputs}
         self._outputs = {name: known[name] for name in outputs}
         self.nodes: tuple[ir.Node, ...] = tuple(self._needed(model))
-        lacking = missing(self.nodes)
-        if lacking:
+        self.lacking = missing(self.nodes)
+        self._imports = model.graph.opset_imports
+        # What a body reads of the graph around it is not handed to ONNX Runtime.
+        beyond = [node for node in _with_bodies(self.nodes) if not _runs(node) and _bodies(node)]
+        refused = missing(beyond) if elsewhere else self.lacking
+        if refused:
             raise PassError(
-                f"torch cannot run the operators {', '.join(lacking)}; choose a subgraph without "
+                f"torch cannot run the operators {', '.join(refused)}; choose a subgraph without "
                 f"them"
             )
         self._numbers = set(_numbers(_with_bodies(self.nodes)))
@@ -232,7 +245,7 @@ class TorchGraph:
         for node in reversed(run):
             dead = {*_reads(node), *node.outputs} - seen
             seen |= dead
-            entry = None if node.op_type in _CONTROL else OPERATORS[node.op_type]
+            entry = None if node.op_type in _CONTROL else self._entry(node)
             steps.append(_Step(node, Call(node, self._opset), entry, tuple(dead)))
             for body in _bodies(node):
                 own = {*body.inputs, *(o for n in body for o in n.outputs)}
@@ -241,6 +254,11 @@ class TorchGraph:
                 left = own & {*body.inputs, *body.outputs}
                 self._bodies[id(body)] = _Body(body, inner, tuple(left))
         return steps[::-1]
+
+    def _entry(self, node: ir.Node) -> Entry:
+        return (
+            OPERATORS[node.op_type] if _runs(node) else torch_elsewhere.entry(node, self._imports)
+        )
 
     def __call__(
         self,

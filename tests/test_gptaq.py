@@ -1,0 +1,176 @@
+"""Laws of gptaq."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fits
+import graphs
+import numpy as np
+import pytest
+
+from qcompile import decisions, graph, pipeline, registry, spec, text
+from qcompile.backends.onnxruntime import OrtCpu
+from qcompile.backends.tensorrt import TensorRtRtx
+from qcompile.errors import PassError
+from qcompile.models import fashion
+from qcompile.passes.gptaq import RIDGES, Gptaq, Seen, best_ridge, moved
+
+pytest.importorskip("torch")
+
+DECIDE = "calibrate,quantize{weight=int4}"
+
+
+@pytest.mark.parametrize("name", [fashion.CNN, fashion.VIT])
+@pytest.mark.parametrize("target", [OrtCpu(), TensorRtRtx()], ids=str)
+def test_the_error_of_a_network_on_other_data_is_less_than_of_gptq(
+    name: str, target: OrtCpu | TensorRtRtx
+) -> None:
+    data, found = fits.calibration(40), list[float]()
+    for passes in ("", ",gptq", ",gptaq"):
+        model = fits.shipped(name)
+        reference = model.clone()
+        fits.run(model, fits.FOUR + passes, data, target)
+        found.append(fits.noise(reference, model, data.judges, target))
+    nearest, gptq, gptaq = found
+    assert gptaq < 0.6 * nearest and gptaq < gptq
+
+
+def test_the_error_falls_as_bits_rise() -> None:
+    found: list[float] = []
+    for bits in (2, 3, 4, 8):
+        model = graphs.graph(graphs.CHAIN)
+        reference, data = model.clone(), fits.correlated(model)
+        fits.run(model, f"calibrate,quantize{{weight=int{bits}}},gptaq", data)
+        found.append(fits.noise(reference, model, data.judges))
+    assert found == sorted(found, reverse=True) and found[0] > 10 * found[-1]
+
+
+def test_codes_and_biases_alone_are_rewritten() -> None:
+    model = graphs.graph(graphs.CHAIN)
+    data, floats = fits.correlated(model), model.clone()
+    fits.run(model, DECIDE, data)
+    before = text.render(model)
+    fits.run(model, "gptaq", data)
+    assert text.changes(before, text.render(model))
+    for line in text.changes(before, text.render(model)):
+        assert line[0] == "-" or "/fitted" in line or "fitted}" in line, line
+    for name in ("w1", "b1", "w2"):
+        np.testing.assert_array_equal(graphs.weight(model, name), graphs.weight(floats, name))
+    assert spec.bias(next(iter(graph.layers(model))).node) == "b1/fitted"
+
+
+def test_the_bias_keeps_the_mean_of_what_a_layer_writes() -> None:
+    # With the input in float the rounded weight is all that moves the mean.
+    model = graphs.graph(graphs.GEMM)
+    data = fits.correlated(model)
+    fits.run(model, "quantize{weight=int2 input=float},gptaq", data, TensorRtRtx())
+    [layer] = graph.layers(model)
+    decided = layer.weight.spec
+    assert decided is not None
+    rows = np.concatenate([s["x"] for s in data.to_fit(64)[0]])
+    bias, weight = decisions.bias(model, layer), graphs.weight(model, "w")
+    assert bias is not None
+    rounded = decisions.rounded(model, layer.weight.value, decided)
+    wanted = rows @ weight.T + graphs.weight(model, "b")
+    np.testing.assert_allclose(
+        (rows @ rounded.T + bias).mean(axis=0), wanted.mean(axis=0), atol=1e-4
+    )
+
+
+def test_the_same_run_makes_the_same_codes() -> None:
+    found: list[str] = []
+    for _ in range(2):
+        model = graphs.graph(graphs.CHAIN)
+        fits.run(model, f"{DECIDE},gptaq", fits.correlated(model))
+        found.append(text.render(model, weights=True))
+    assert found[0] == found[1]
+
+
+def test_what_it_cannot_fit_is_left_and_counted() -> None:
+    shared = """(float[2,8] x, float[2,8] z) => (float[2,3] y) <float[8,3] w> {
+        a = MatMul(x, w) b = MatMul(z, w) y = Add(a, b) }"""
+    for source, options, left in ((shared, "", 2), (graphs.CHAIN, "{exclude=*}", 2)):
+        model = graphs.graph(source)
+        data = fits.correlated(model)
+        fits.run(model, DECIDE, data)
+        before = text.render(model, weights=True)
+        [step] = fits.run(model, f"gptaq{options}", data)
+        assert step.counters == {"layers": 0, "left alone": left}
+        assert text.render(model, weights=True) == before
+
+
+def test_an_operator_that_torch_lacks_is_run_all_the_same() -> None:
+    model = graphs.graph("""(float[1,4,8,8] x) => (float[2,4,4,4] y) <float[4,4,3,3] u,
+        float[2,4] r = {0,0,4,4,1,1,6,6}, int64[2] i = {0,0}, float[4,4,1,1] w> {
+        a = Conv<pads=[1,1,1,1]>(x, u) g = RoiAlign<output_height=4,output_width=4>(a, r, i)
+        y = Conv(g, w) }""")
+    *_, step = fits.run(model, f"{DECIDE},gptaq", fits.correlated(model))
+    assert step.counters["layers"] == 2
+
+
+def test_a_state_goes_through_the_frames() -> None:
+    model, data = fits.matting(2)
+    plain, reference = model.clone(), model.clone()
+    fits.run(plain, fits.FOUR, data)
+    fits.run(model, f"{fits.FOUR},gptaq{{samples=12}}", data)
+    judges = data.judges
+    assert fits.noise(reference, model, judges) < fits.noise(reference, plain, judges)
+
+
+# -- the ridge ----------------------------------------------------------------------------------
+
+
+def seen(rows: int, seed: int, gap: float) -> Seen:
+    rng = np.random.default_rng(seed)
+    wanted = rng.standard_normal((1, rows, 6)).astype(np.float32)
+    lost = wanted + gap * rng.standard_normal(wanted.shape).astype(np.float32)
+    return Seen.of(wanted, lost)
+
+
+def test_what_was_not_rounded_moves_no_weight() -> None:
+    weight = np.random.default_rng(0).standard_normal((1, 3, 6)).astype(np.float32)
+    same = seen(50, 0, 0.0)
+    for ridge in RIDGES:
+        np.testing.assert_allclose(moved(weight, same, ridge, False), weight, atol=1e-5)
+
+
+def test_without_a_ridge_it_is_the_regression() -> None:
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((1, 3, 6)).astype(np.float32)
+    wanted = rng.standard_normal((40, 6)).astype(np.float32)
+    found = (wanted + 0.3 * rng.standard_normal((40, 6))).astype(np.float32)
+    goal, *_ = np.linalg.lstsq(found, wanted @ weight[0].T, rcond=None)
+    actual = moved(weight, Seen.of(wanted[None], found[None]), 1e-9, False)
+    np.testing.assert_allclose(actual[0], goal.T, atol=1e-4)
+
+
+def test_too_few_rows_choose_a_larger_ridge_than_many() -> None:
+    weight = np.random.default_rng(0).standard_normal((1, 3, 6)).astype(np.float32)
+    few, many = (best_ridge(weight, seen(n, 0, 1.0), seen(400, 9, 1.0), False) for n in (4, 4000))
+    assert few > many
+    nothing = Seen(*(np.zeros_like(a) for a in (few_of := seen(1, 0, 1.0)).products(False)),
+                   *few_of.means(), rows=0)  # fmt: skip
+    assert best_ridge(weight, nothing, seen(4, 0, 1.0), False) == np.inf
+
+
+# -- options ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": 0.0}, "damping must be above 0, got 0"),
+        ({"samples": 0}, "samples and rows start at 1, got 0 and 128"),
+        ({"rows": -1}, "samples and rows start at 1, got 64 and -1"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        Gptaq(**options)
+
+
+def test_its_text_reads_back() -> None:
+    step = Gptaq(samples=8, exclude=("a", "*/b"))
+    assert str(step) == "gptaq{samples=8 exclude=a,*/b}"
+    assert pipeline.parse(str(step), registry.passes()) == [step]
