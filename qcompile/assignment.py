@@ -1,0 +1,374 @@
+"""What each layer of a model may become, what that costs and takes, and a choice under budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile import decisions, graph, numerics, solve
+from qcompile.errors import PassError
+from qcompile.graph import Layer
+from qcompile.numerics import Floats
+from qcompile.passes.quantize import Quantize, decide_weights, powers
+from qcompile.pipeline import Context
+from qcompile.sensitivity import Sensitivity
+from qcompile.spec import TensorSpec
+
+# The bits of a scale, as it is stored.
+SCALE_BITS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """A bound on the layers together: ``bits`` a weight on average, or ``size`` in bytes.
+
+    ``bits`` counts codes alone, as papers do; ``size`` is what is stored: codes in the type that
+    holds them, scales and zero points.
+    """
+
+    kind: str
+    amount: float
+
+    @staticmethod
+    def parse(text: str) -> Budget:
+        """Read ``4.5``, ``bits=4.5``, ``size=4MB``, ``size=300kB`` or ``size=1234``."""
+        kind, _, amount = text.rpartition("=")
+        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(B|kB|MB|GB)?", amount)
+        unit = match[2] if match else None
+        if match is None or kind not in ("", "bits", "size") or (unit and kind != "size"):
+            raise PassError(f"budget {text!r} is no bits=4.5 and no size=4MB (B, kB, MB, GB)")
+        scale = {None: 1.0, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+        return Budget(kind or "bits", float(match[1]) * scale)
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.amount:.10g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What a weight takes: ``bits`` of codes in all, and ``stored`` bytes as it is written."""
+
+    bits: float
+    stored: float
+
+    def of(self, kind: str) -> float:
+        """The number that a budget of ``kind`` adds up."""
+        return self.bits if kind == "bits" else self.stored
+
+
+def size_of(shape: Sequence[int], decided: TensorSpec) -> Size:
+    """The size of a weight of ``shape`` as ``decided``."""
+    form, count = numerics.parse_format(decided.format), math.prod(shape)
+    groups = 1
+    if decided.axis is not None:
+        groups = shape[decided.axis] if decided.block is None else count // decided.block
+    held = form.stored.bits
+    codes, zeros = math.ceil(count * held / 8), math.ceil(groups * held / 8)
+    return Size(form.bits * count, codes + groups * SCALE_BITS / 8 + zeros)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One thing that a weight may become: codes of ``bits``."""
+
+    bits: int
+
+    def __str__(self) -> str:
+        return f"int{self.bits}"
+
+
+class Items:
+    """The weights of ``layers``, those that layers share once, and what each may become.
+
+    ``how`` decides ranges and granularity; ``bits`` are the widths. The choices of an item are in
+    the order of falling width.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        layers: Sequence[Layer],
+        bits: Sequence[int],
+        how: Quantize,
+        ctx: Context,
+    ) -> None:
+        shared: dict[ir.Value, list[Layer]] = {}
+        for layer in layers:
+            shared.setdefault(layer.weight.value, []).append(layer)
+        self.model, self.how, self.ctx = model, how, ctx
+        self.readers = list(shared.values())
+        widths = [Choice(width) for width in sorted(set(bits), reverse=True)]
+        self.choices: list[list[Choice]] = [list(widths) for _ in self.readers]
+        self._decided: dict[int, tuple[ir.Model, dict[str, Layer]]] = {}
+        self._powers: dict[str, Floats] | None = None
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+    def name(self, item: int) -> str:
+        """The name of the first layer that reads the weight."""
+        return self.readers[item][0].name
+
+    def shape(self, item: int) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return graph.shape_of(self.readers[item][0].weight.value) or ()
+
+    def rounded(self, item: int, choice: Choice) -> Floats:
+        """What is multiplied with in place of the weight."""
+        model, layers = self._with(choice.bits)
+        layer = layers[self.name(item)]
+        decided = layer.weight.spec
+        assert decided is not None
+        return decisions.rounded(model, layer.weight.value, decided)
+
+    def size(self, item: int, choice: Choice) -> Size:
+        """What the weight takes."""
+        decided = self._with(choice.bits)[1][self.name(item)].weight.spec
+        assert decided is not None
+        return size_of(self.shape(item), decided)
+
+    def loss(self, item: int, choice: Choice) -> float:
+        """The mean squared error of the weight, each weighed by the power of what it multiplies."""
+        layer = self.readers[item][0]
+        if self._powers is None:
+            firsts = [readers[0] for readers in self.readers]
+            self._powers = powers(self.model, firsts, self.ctx)
+        error = graph.finite_weight(layer).astype(np.float64) - self.rounded(item, choice)
+        return float(np.mean(error**2 * self._powers.get(layer.name, np.float32(1))))
+
+    def _with(self, bits: int) -> tuple[ir.Model, dict[str, Layer]]:
+        """A model in which all weights are decided in ``bits``, and its layers by name."""
+        if bits not in self._decided:
+            model = self.model.clone()
+            names = {layer.name for readers in self.readers for layer in readers}
+            layers = [layer for layer in graph.layers(model) if layer.name in names]
+            how = dataclasses.replace(self.how, weight=f"int{bits}")
+            decide_weights(model, layers, how, self.ctx)
+            self._decided[bits] = model, {layer.name: layer for layer in layers}
+        return self._decided[bits]
+
+
+class Costs:
+    """The cost of each choice of each item: measured where asked for, guessed elsewhere.
+
+    A guess is linear in the local loss between the nearest that are measured, on a double
+    logarithmic scale, and proportional to it beyond them: noise at the output is to first order
+    proportional to noise in the layer.
+    """
+
+    def __init__(self, items: Items, sensitivity: Sensitivity) -> None:
+        self.items, self.sensitivity = items, sensitivity
+        self._known: dict[int, dict[int, float]] = {}
+        self._losses: dict[tuple[int, int], float] = {}
+
+    def measure(self, item: int, number: int) -> float:
+        """The cost of choice ``number`` of ``item``."""
+        known = self._known.setdefault(item, {})
+        if number not in known:
+            weight = self.items.rounded(item, self.items.choices[item][number])
+            known[number] = self.sensitivity.cost(self.items.readers[item], weight)
+        return known[number]
+
+    def known(self, item: int, number: int) -> bool:
+        """Whether the cost of choice ``number`` of ``item`` is measured."""
+        return number in self._known.get(item, {})
+
+    def loss(self, item: int, number: int) -> float:
+        """The local loss of choice ``number`` of ``item``."""
+        key = item, number
+        if key not in self._losses:
+            self._losses[key] = self.items.loss(item, self.items.choices[item][number])
+        return self._losses[key]
+
+    def guess(self, item: int, number: int) -> float:
+        """The cost of choice ``number`` of ``item``, of which one choice at least is measured."""
+        known = self._known[item]
+        if number in known:
+            return known[number]
+        points = sorted((self.loss(item, n), cost) for n, cost in known.items() if cost > 0)
+        loss = self.loss(item, number)
+        if not points or loss == 0.0:
+            return 0.0
+        below = max((p for p in points if p[0] <= loss), default=points[0])
+        above = min((p for p in points if p[0] > loss), default=below)
+        if below == above or below[0] >= above[0] or below[0] > loss:
+            return below[1] * loss / max(below[0], 1e-300)
+        share = math.log(loss / below[0]) / math.log(above[0] / below[0])
+        return below[1] * (above[1] / below[1]) ** share
+
+    def table(self) -> list[npt.NDArray[np.float64]]:
+        """All costs, measured or guessed, made to fall with the width (see ``solve.envelope``).
+
+        Noise below zero says how large noise is: costs below it are told apart by the law of
+        rounding noise, a factor of 4 a bit, or a solver would take the fewest bits of the luckiest.
+        """
+        rows = [
+            np.array([self.guess(item, number) for number in range(len(choices))])
+            for item, choices in enumerate(self.items.choices)
+        ]
+        noise = max((float(-row.min()) for row in rows), default=0.0)
+        found: list[npt.NDArray[np.float64]] = []
+        for choices, row in zip(self.items.choices, rows, strict=True):
+            plain = np.array([choice.bits for choice in choices], np.float64)
+            floor = noise * 4.0 ** (plain.min() - plain) if noise > 0 else 0.0
+            found.append(np.maximum.accumulate(np.maximum(row, floor)))
+        return found
+
+
+Pairs = list[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Assigned:
+    """The number of the choice of each item, their summed cost, and the gap of the solver."""
+
+    numbers: tuple[int, ...]
+    cost: float
+    gap: float = 0.0
+
+
+class Assigner:
+    """Chooses for ``items`` under ``budgets``, with costs that are measured where it matters.
+
+    Each round chooses with what is known and guessed, and measures what the choice rests on, until
+    nothing is left to measure. ``full`` measures all first.
+    """
+
+    def __init__(self, costs: Costs, budgets: Sequence[Budget], full: bool = False) -> None:
+        self.costs, self.items = costs, costs.items
+        self.budgets = budgets
+        total = sum(math.prod(self.items.shape(item)) for item in range(len(self.items)))
+        self.limits = np.array(
+            [b.amount * total if b.kind == "bits" else b.amount for b in budgets], np.float64
+        )
+        self.sizes = [
+            np.array([[self.items.size(item, c).of(b.kind) for b in budgets] for c in choices])
+            for item, choices in enumerate(self.items.choices)
+        ]
+        every = [
+            (item, number)
+            for item, choices in enumerate(self.items.choices)
+            for number in range(len(choices))
+        ]
+        # One for each is needed for a guess: the middle, since guesses are worse further away.
+        middles = [(item, len(c) // 2) for item, c in enumerate(self.items.choices)]
+        self._measure(every if full else middles)
+
+    def mlorq(self) -> Assigned:
+        """The least summed cost, by the knapsack."""
+        return self._settled(self._knapsack, lambda found: list(enumerate(found.numbers)))
+
+    def fmpq(self) -> Assigned:
+        """The smallest tolerance of any layer that fits, then what is left for the best."""
+        tolerated = self._settled(self._tolerated, self._bounds)
+        return self._settled(
+            lambda: self._filled(tolerated), lambda found: list(enumerate(found.numbers))
+        )
+
+    def greedy(self) -> Assigned:
+        """From the widest down, each time where least is lost for what is saved."""
+        return self._settled(self._lowered, lambda found: list(enumerate(found.numbers)))
+
+    def _settled(
+        self, choose: Callable[[], Assigned], rests_on: Callable[[Assigned], Pairs]
+    ) -> Assigned:
+        while True:
+            found = choose()
+            left = [pair for pair in rests_on(found) if not self.costs.known(*pair)]
+            if not left:
+                return found
+            self._measure(left)
+
+    def _measure(self, pairs: Pairs) -> None:
+        for pair in self.items.ctx.progress(pairs, "sensitivity", len(pairs)):
+            self.costs.measure(*pair)
+
+    def fits(self, numbers: Sequence[int]) -> bool:
+        """Whether the choice stays within all budgets."""
+        return bool((self._used(numbers) <= self.limits).all())
+
+    def _used(self, numbers: Sequence[int]) -> npt.NDArray[np.float64]:
+        return np.sum([s[n] for s, n in zip(self.sizes, numbers, strict=True)], axis=0)
+
+    def _cost(self, numbers: Sequence[int]) -> float:
+        return float(sum(c[n] for c, n in zip(self.costs.table(), numbers, strict=True)))
+
+    def _knapsack(self) -> Assigned:
+        try:
+            found = solve.knapsack(self.costs.table(), self.sizes, self.limits)
+        except PassError:
+            self._refuse()
+            raise
+        return Assigned(found.choice, found.cost, found.gap)
+
+    def _refuse(self) -> None:
+        """Raise PassError, in the words of the budgets, if one alone is too small."""
+        least = np.sum([s.min(axis=0) for s in self.sizes], axis=0)
+        for budget, limit, bound in zip(self.budgets, self.limits, least, strict=True):
+            if bound > limit:
+                possible = bound / limit * budget.amount if budget.kind == "bits" else bound
+                raise PassError(
+                    f"budget {budget} is too small: the least possible is "
+                    f"{Budget(budget.kind, possible)}"
+                )
+
+    def _tolerated(self) -> Assigned:
+        self._refuse()
+        table = self.costs.table()
+        levels, _ = solve.descend(
+            [len(row) for row in table], lambda item, level: float(table[item][level]), self.fits
+        )
+        if not self.fits(levels):
+            raise PassError("no choice fits all of the budgets together; raise one of them")
+        return Assigned(tuple(levels), self._cost(levels))
+
+    def _bounds(self, found: Assigned) -> Pairs:
+        """What was accepted last and what was refused first, of each item."""
+        pairs: Pairs = []
+        for item, number in enumerate(found.numbers):
+            pairs += [(item, number)] if number else []  # the widest is not measured
+            if number + 1 < len(self.items.choices[item]):
+                pairs.append((item, number + 1))
+        return pairs
+
+    def _filled(self, start: Assigned) -> Assigned:
+        """``start`` with what is left of the budgets spent where it wins most for its size."""
+        table, numbers = self.costs.table(), list(start.numbers)
+        while True:
+            best, step = 0.0, (-1, -1)
+            room = self.limits - self._used(numbers)
+            for item, now in enumerate(numbers):
+                for finer in range(now):
+                    more = self.sizes[item][finer] - self.sizes[item][now]
+                    won = table[item][now] - table[item][finer]
+                    rate = won / max(float((more / self.limits).max()), 1e-12)
+                    if (more <= room).all() and rate > best:
+                        best, step = rate, (item, finer)
+            if step[0] < 0:
+                return Assigned(tuple(numbers), self._cost(numbers))
+            numbers[step[0]] = step[1]
+
+    def _lowered(self) -> Assigned:
+        self._refuse()
+        table, numbers = self.costs.table(), [0] * len(self.items)
+        while not self.fits(numbers):
+            over = self._used(numbers) > self.limits
+            best, step = np.inf, -1
+            for item, now in enumerate(numbers):
+                if now + 1 == len(table[item]):
+                    continue
+                saved = (self.sizes[item][now] - self.sizes[item][now + 1]) / self.limits
+                lost = table[item][now + 1] - table[item][now]
+                rate = lost / max(float(saved[over].sum()), 1e-12)
+                if rate < best:
+                    best, step = rate, item
+            if step < 0:
+                raise PassError("no choice fits all of the budgets together; raise one of them")
+            numbers[step] += 1
+        return Assigned(tuple(numbers), self._cost(numbers))
