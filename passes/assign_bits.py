@@ -15,9 +15,10 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from qcompile import graph, sensitivity
-from qcompile.assignment import Assigned, Assigner, Budget, Costs, Items
+from qcompile import factors, graph, sensitivity
+from qcompile.assignment import Assigned, Assigner, Budget, Costs, Items, Pairs
 from qcompile.errors import PassError
+from qcompile.factors import Weigh
 from qcompile.numerics import RangeMethod
 from qcompile.passes.quantize import (
     WEIGHTED,
@@ -41,6 +42,9 @@ class AssignBits(Pass):
     * ``choices``: the widths, of 2 to 8 bits.
     * ``method``: ``mlorq``: least summed cost; ``fmpq``: no layer costs more than the smallest
       tolerance that fits; ``greedy``: widths fall one at a time where least is lost.
+    * ``factors``: widths of the two factors of products of low rank, which ``mlorq`` considers
+      beside the widths (linear layers and 1x1 Convs); ``none`` leaves them out.
+    * ``weigh``: what errors count for in these factors, as in low-rank.
     * ``metric``: ``nsr``, ``mse``, ``kl`` or ``module:callable`` (see ``sensitivity``).
     * ``table``: ``lazy`` measures what the choice rests on and guesses the rest from the error of
       the layer; ``full`` measures every width of every layer.
@@ -61,6 +65,8 @@ class AssignBits(Pass):
     budget: tuple[str, ...] = ("bits=4",)
     choices: tuple[int, ...] = (2, 3, 4, 6, 8)
     method: Literal["mlorq", "fmpq", "greedy"] = "mlorq"
+    factors: tuple[int, ...] | None = None
+    weigh: Weigh = "hessian"
     metric: str = "nsr"
     table: Literal["lazy", "full"] = "lazy"
     samples: int = 16
@@ -78,6 +84,10 @@ class AssignBits(Pass):
             raise PassError("assign-bits needs a budget, such as bits=4.5 or size=4MB")
         if not self.choices or not all(2 <= bits <= 8 for bits in self.choices):
             raise PassError(f"choices are widths of 2 to 8 bits, got {self.choices or 'none'}")
+        if self.factors is not None and not all(2 <= bits <= 8 for bits in self.factors):
+            raise PassError(f"factors are widths of 2 to 8 bits, got {self.factors}")
+        if self.factors and (self.method != "mlorq" or self.input != "float"):
+            raise PassError("factors go with method=mlorq and input=float")
         if ":" not in self.metric:
             sensitivity.metric(self.metric)
         if self.samples < 1:
@@ -88,7 +98,7 @@ class AssignBits(Pass):
         return self.requires if self.input != "float" else frozenset()
 
     def weight_formats(self) -> tuple[str, ...]:
-        return tuple(f"int{bits}" for bits in sorted(self.choices))
+        return tuple(f"int{bits}" for bits in sorted({*self.choices, *(self.factors or ())}))
 
     def input_formats(self) -> tuple[str, ...]:
         return (self.input,)
@@ -100,7 +110,8 @@ class AssignBits(Pass):
         if not layers:
             return {"layers": 0}
         how = Quantize("int8", "float", self.granularity, self.block, self.range)
-        items = Items(model, layers, self.choices, how, ctx)
+        pairs = Pairs(self.factors, self.weigh) if self.factors else None
+        items = Items(model, layers, self.choices, how, ctx, pairs)
         costs = Costs(items, self._measured(model, ctx))
         assigner = Assigner(costs, [Budget.parse(b) for b in self.budget], self.table == "full")
         found: Assigned = getattr(assigner, self.method)()
@@ -117,8 +128,13 @@ class AssignBits(Pass):
         by_width: dict[int, list[graph.Layer]] = {}
         for item, number in enumerate(found.numbers):
             choice = items.choices[item][number]
-            by_width.setdefault(choice.bits, []).extend(items.readers[item])
             ctx.log(f"  {items.name(item)}: {choice}")
+            by_width.setdefault(choice.bits, []).extend(items.readers[item])
+            if choice.rank:
+                [layer] = items.readers[item]
+                inner = factors.split(model, layer, items.factors[item].cut(choice.rank))
+                by_width.setdefault(choice.inner, []).append(inner)
+        graph.remove_dead(model)
         for bits, layers in sorted(by_width.items()):
             decide_weights(model, layers, dataclasses.replace(how, weight=f"int{bits}"), ctx)
             for layer in layers:
@@ -128,13 +144,12 @@ class AssignBits(Pass):
                     layer.input.decide(None)
 
     def _stats(self, items: Items, costs: Costs, found: Assigned) -> Stats:
-        sizes = [
-            items.size(item, items.choices[item][number])
-            for item, number in enumerate(found.numbers)
-        ]
+        chosen = [items.choices[item][number] for item, number in enumerate(found.numbers)]
+        sizes = [items.size(item, choice) for item, choice in enumerate(chosen)]
         count = sum(math.prod(items.shape(item)) for item in range(len(items)))
         return {
             "layers": sum(map(len, items.readers)),
+            "products": sum(bool(c.rank) for c in chosen),
             "bits a weight": round(sum(size.bits for size in sizes) / max(count, 1), 4),
             "stored bytes": int(sum(size.stored for size in sizes)),
             "cost": float(f"{found.cost:.4g}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -11,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile import decisions, graph, numerics, solve
+from qcompile import decisions, factors, graph, numerics, patches, solve
 from qcompile.errors import PassError
+from qcompile.factors import Factors
 from qcompile.graph import Layer
-from qcompile.numerics import Floats
+from qcompile.numerics import Floats, Grid
 from qcompile.passes.quantize import Quantize, decide_weights, powers
 from qcompile.pipeline import Context
 from qcompile.sensitivity import Sensitivity
@@ -22,6 +24,8 @@ from qcompile.spec import TensorSpec
 
 # The bits of a scale, as it is stored.
 SCALE_BITS = 32
+# Ranks of each pair of widths that a full table measures; the others are guessed (the paper's 5).
+MEASURED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,19 +79,37 @@ def size_of(shape: Sequence[int], decided: TensorSpec) -> Size:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One thing that a weight may become: codes of ``bits``."""
+    """One thing that a weight may become: codes of ``bits``, or a product of low ``rank``.
+
+    Of a product ``bits`` are those of the outer factor ``A``, and ``inner`` those of ``B``.
+    """
 
     bits: int
+    rank: int = 0
+    inner: int = 0
 
     def __str__(self) -> str:
-        return f"int{self.bits}"
+        return f"int{self.bits}" + (f" x int{self.inner}, rank {self.rank}" if self.rank else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Products of low rank among the choices: ``bits`` of either factor, and what weighs errors.
+
+    At most ``most`` ranks of each pair of widths are kept.
+    """
+
+    bits: tuple[int, ...]
+    weigh: factors.Weigh
+    most: int = 12
 
 
 class Items:
     """The weights of ``layers``, those that layers share once, and what each may become.
 
-    ``how`` decides ranges and granularity; ``bits`` are the widths. The choices of an item are in
-    the order of falling width.
+    ``how`` decides ranges and granularity; ``bits`` are the widths, which come first among the
+    choices of an item, falling. Then come the products of ``pairs``, those that no other choice
+    beats in local loss and size; a weight that several layers read has none.
     """
 
     def __init__(
@@ -97,6 +119,7 @@ class Items:
         bits: Sequence[int],
         how: Quantize,
         ctx: Context,
+        pairs: Pairs | None = None,
     ) -> None:
         shared: dict[ir.Value, list[Layer]] = {}
         for layer in layers:
@@ -104,9 +127,13 @@ class Items:
         self.model, self.how, self.ctx = model, how, ctx
         self.readers = list(shared.values())
         widths = [Choice(width) for width in sorted(set(bits), reverse=True)]
+        self.widths = len(widths)
         self.choices: list[list[Choice]] = [list(widths) for _ in self.readers]
         self._decided: dict[int, tuple[ir.Model, dict[str, Layer]]] = {}
         self._powers: dict[str, Floats] | None = None
+        self.factors: dict[int, Factors] = {}
+        if pairs is not None and pairs.bits:
+            self._factorize(pairs)
 
     def __len__(self) -> int:
         return len(self.readers)
@@ -121,6 +148,11 @@ class Items:
 
     def rounded(self, item: int, choice: Choice) -> Floats:
         """What is multiplied with in place of the weight."""
+        if choice.rank:
+            cut = self.factors[item].cut(choice.rank)
+            a = self._grid(cut.a, choice.bits).round_trip(cut.a.astype(np.float32))
+            b = self._grid(cut.b, choice.inner).round_trip(cut.b.astype(np.float32))
+            return patches.from_matrix(self.readers[item][0], (a @ b)[None])
         model, layers = self._with(choice.bits)
         layer = layers[self.name(item)]
         decided = layer.weight.spec
@@ -129,6 +161,11 @@ class Items:
 
     def size(self, item: int, choice: Choice) -> Size:
         """What the weight takes."""
+        if choice.rank:
+            cut = self.factors[item].cut(choice.rank)
+            a = size_of(cut.a.shape, TensorSpec(f"int{choice.bits}", 0))
+            b = size_of(cut.b.shape, TensorSpec(f"int{choice.inner}", 0))
+            return Size(a.bits + b.bits, a.stored + b.stored)
         decided = self._with(choice.bits)[1][self.name(item)].weight.spec
         assert decided is not None
         return size_of(self.shape(item), decided)
@@ -142,6 +179,12 @@ class Items:
         error = graph.finite_weight(layer).astype(np.float64) - self.rounded(item, choice)
         return float(np.mean(error**2 * self._powers.get(layer.name, np.float32(1))))
 
+    def _grid(self, factor: npt.NDArray[np.float64], bits: int) -> Grid:
+        """The grid of a factor: a scale for each row, as that of the layer that it becomes."""
+        form = numerics.parse_format(f"int{bits}")
+        method = "mse" if self.how.method == "output" else self.how.method
+        return numerics.weight_grid(factor.astype(np.float32), form, 0, method=method)
+
     def _with(self, bits: int) -> tuple[ir.Model, dict[str, Layer]]:
         """A model in which all weights are decided in ``bits``, and its layers by name."""
         if bits not in self._decided:
@@ -152,6 +195,72 @@ class Items:
             decide_weights(model, layers, how, self.ctx)
             self._decided[bits] = model, {layer.name: layer for layer in layers}
         return self._decided[bits]
+
+    def _factorize(self, pairs: Pairs) -> None:
+        """Add the products of low rank."""
+        fit = [
+            item
+            for item, readers in enumerate(self.readers)
+            if len(graph.readers(readers[0].weight.value)) == 1 and factors.factorable(readers[0])
+        ]
+        firsts = [self.readers[item][0] for item in fit]
+        weights = factors.weights(self.model, firsts, pairs.weigh, self.ctx)
+        for item, layer in zip(fit, firsts, strict=True):
+            matrix = factors.matrix(layer)
+            rng = self.ctx.rng(layer.name)
+            self.factors[item] = factors.decompose(matrix, *weights[layer.name], rng)
+            self.choices[item] += self._front(item, matrix, pairs)
+
+    def _front(self, item: int, matrix: npt.NDArray[np.float64], pairs: Pairs) -> list[Choice]:
+        """The products that no width and no other product beats; a front for each pair."""
+        whole, found = self.factors[item], list[Choice]()
+        widths = self.choices[item][: self.widths]
+        spread = whole.left[:, None] * whole.right
+        plain = [
+            float(np.mean((spread * (matrix - self._matrix(item, choice))) ** 2))
+            for choice in widths
+        ]
+        sizes = [self.size(item, choice).bits for choice in widths]
+        for bits, inner in itertools.product(sorted(pairs.bits), repeat=2):
+            a = self._grid(whole.a, bits).round_trip(whole.a.astype(np.float32))
+            b = self._grid(whole.b, inner).round_trip(whole.b.astype(np.float32))
+            losses = losses_by_rank(matrix, a, b, whole.left, whole.right)
+            ranks = np.arange(1, len(losses) + 1)
+            taken = ranks * (matrix.shape[0] * bits + matrix.shape[1] * inner)
+            kept = [
+                int(rank)
+                for rank, loss, size in zip(ranks, losses, taken, strict=True)
+                if rank > 1  # as the paper
+                and size < 8 * matrix.size
+                and not any(p <= loss and s <= size for p, s in zip(plain, sizes, strict=True))
+            ]
+            evenly = np.linspace(0, len(kept) - 1, min(len(kept), pairs.most))
+            found += [Choice(bits, kept[round(place)], inner) for place in evenly]
+        return found
+
+    def _matrix(self, item: int, choice: Choice) -> npt.NDArray[np.float64]:
+        layer = self.readers[item][0]
+        return patches.to_matrix(layer, self.rounded(item, choice))[0].astype(np.float64)
+
+
+def losses_by_rank(
+    weight: npt.NDArray[np.float64],
+    a: Floats,
+    b: Floats,
+    left: npt.NDArray[np.float64],
+    right: npt.NDArray[np.float64],
+) -> npt.NDArray[np.float64]:
+    """``mean((L (W - A[:, :r] B[:r]) R)^2)`` for each rank ``r``, [ranks].
+
+    ``|X - Y|^2 = |X|^2 - 2 <X, Y> + |Y|^2``, the latter two as running sums over the ranks.
+    """
+    scaled = left[:, None] * weight * right
+    outer, inner = left[:, None] * a.astype(np.float64), b.astype(np.float64) * right
+    shared = np.einsum("nr,nr->r", outer, scaled @ inner.T)
+    gram = (outer.T @ outer) * (inner @ inner.T)
+    squares = np.diagonal(gram.cumsum(axis=0).cumsum(axis=1))
+    lost = (scaled**2).sum() - 2 * shared.cumsum() + squares
+    return np.maximum(lost, 0.0) / weight.size
 
 
 class Costs:
@@ -187,17 +296,25 @@ class Costs:
         return self._losses[key]
 
     def guess(self, item: int, number: int) -> float:
-        """The cost of choice ``number`` of ``item``, of which one choice at least is measured."""
-        known = self._known[item]
+        """The cost of choice ``number`` of ``item``, of which one choice at least is measured.
+
+        Of a product from products of the same two widths, as soon as one is measured.
+        """
+        known, choices = self._known[item], self.items.choices[item]
         if number in known:
             return known[number]
-        points = sorted((self.loss(item, n), cost) for n, cost in known.items() if cost > 0)
+
+        def kind(number: int) -> tuple[int, int]:
+            return (choices[number].bits, choices[number].inner) if choices[number].rank else (0, 0)
+
+        alike = {n: cost for n, cost in known.items() if kind(n) == kind(number)} or known
+        points = sorted((self.loss(item, n), cost) for n, cost in alike.items() if cost > 0)
         loss = self.loss(item, number)
         if not points or loss == 0.0:
             return 0.0
         below = max((p for p in points if p[0] <= loss), default=points[0])
         above = min((p for p in points if p[0] > loss), default=below)
-        if below == above or below[0] >= above[0] or below[0] > loss:
+        if below == above or below[0] <= 0.0 or below[0] > loss:
             return below[1] * loss / max(below[0], 1e-300)
         share = math.log(loss / below[0]) / math.log(above[0] / below[0])
         return below[1] * (above[1] / below[1]) ** share
@@ -214,14 +331,16 @@ class Costs:
         ]
         noise = max((float(-row.min()) for row in rows), default=0.0)
         found: list[npt.NDArray[np.float64]] = []
+        widths = self.items.widths
         for choices, row in zip(self.items.choices, rows, strict=True):
-            plain = np.array([choice.bits for choice in choices], np.float64)
-            floor = noise * 4.0 ** (plain.min() - plain) if noise > 0 else 0.0
-            found.append(np.maximum.accumulate(np.maximum(row, floor)))
+            bits = np.array([choice.bits for choice in choices], np.float64)
+            row = np.maximum(row, noise * 4.0 ** (bits.min() - bits)) if noise > 0 else row
+            plain = solve.envelope(row[:widths][::-1])[::-1]
+            found.append(np.concatenate([plain, row[widths:]]))
         return found
 
 
-Pairs = list[tuple[int, int]]
+Places = list[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,14 +370,22 @@ class Assigner:
             np.array([[self.items.size(item, c).of(b.kind) for b in budgets] for c in choices])
             for item, choices in enumerate(self.items.choices)
         ]
-        every = [
-            (item, number)
-            for item, choices in enumerate(self.items.choices)
-            for number in range(len(choices))
-        ]
+        every = [pair for item in range(len(self.items)) for pair in self._all(item)]
         # One for each is needed for a guess: the middle, since guesses are worse further away.
-        middles = [(item, len(c) // 2) for item, c in enumerate(self.items.choices)]
+        middles = [(item, self.items.widths // 2) for item in range(len(self.items))]
         self._measure(every if full else middles)
+
+    def _all(self, item: int) -> Places:
+        """The widths, and of each pair of widths MEASURED ranks."""
+        choices, widths = self.items.choices[item], self.items.widths
+        chosen = list(range(widths))
+        kinds: dict[tuple[int, int], list[int]] = {}
+        for number in range(widths, len(choices)):
+            kinds.setdefault((choices[number].bits, choices[number].inner), []).append(number)
+        for numbers in kinds.values():
+            places = np.linspace(0, len(numbers) - 1, min(MEASURED, len(numbers)))
+            chosen += [numbers[round(place)] for place in places]
+        return [(item, number) for number in chosen]
 
     def mlorq(self) -> Assigned:
         """The least summed cost, by the knapsack."""
@@ -276,7 +403,7 @@ class Assigner:
         return self._settled(self._lowered, lambda found: list(enumerate(found.numbers)))
 
     def _settled(
-        self, choose: Callable[[], Assigned], rests_on: Callable[[Assigned], Pairs]
+        self, choose: Callable[[], Assigned], rests_on: Callable[[Assigned], Places]
     ) -> Assigned:
         while True:
             found = choose()
@@ -285,7 +412,7 @@ class Assigner:
                 return found
             self._measure(left)
 
-    def _measure(self, pairs: Pairs) -> None:
+    def _measure(self, pairs: Places) -> None:
         for pair in self.items.ctx.progress(pairs, "sensitivity", len(pairs)):
             self.costs.measure(*pair)
 
@@ -322,18 +449,20 @@ class Assigner:
         self._refuse()
         table = self.costs.table()
         levels, _ = solve.descend(
-            [len(row) for row in table], lambda item, level: float(table[item][level]), self.fits
+            [self.items.widths] * len(table),
+            lambda item, level: float(table[item][level]),
+            self.fits,
         )
         if not self.fits(levels):
             raise PassError("no choice fits all of the budgets together; raise one of them")
         return Assigned(tuple(levels), self._cost(levels))
 
-    def _bounds(self, found: Assigned) -> Pairs:
+    def _bounds(self, found: Assigned) -> Places:
         """What was accepted last and what was refused first, of each item."""
-        pairs: Pairs = []
+        pairs: Places = []
         for item, number in enumerate(found.numbers):
             pairs += [(item, number)] if number else []  # the widest is not measured
-            if number + 1 < len(self.items.choices[item]):
+            if number + 1 < self.items.widths:
                 pairs.append((item, number + 1))
         return pairs
 
@@ -361,7 +490,7 @@ class Assigner:
             over = self._used(numbers) > self.limits
             best, step = np.inf, -1
             for item, now in enumerate(numbers):
-                if now + 1 == len(table[item]):
+                if now + 1 == self.items.widths:
                     continue
                 saved = (self.sizes[item][now] - self.sizes[item][now + 1]) / self.limits
                 lost = table[item][now + 1] - table[item][now]
