@@ -215,12 +215,12 @@ def decide_weights(model: ir.Model, layers: list[Layer], how: Quantize, ctx: Con
         return
     form = numerics.parse_format(how.weight)
     blocks = _divided(layers, how.block)
-    powers = _powers(model, layers, ctx) if how.method == "output" else {}
+    seen = powers(model, layers, ctx) if how.method == "output" else {}
     # One weight at a time, for a model larger than memory.
     jobs = (
         _Job(
             graph.finite_weight(layer).astype(np.float32, copy=False), *_axes(layer, how, blocks),
-            powers.get(layer.name),
+            seen.get(layer.name),
         )
         for layer in layers
     )  # fmt: skip
@@ -284,7 +284,7 @@ def _grid(job: _Job, form: IntFormat, method: RangeMethod) -> Grid:
 _SAMPLES = 64
 
 
-def _powers(model: ir.Model, layers: Sequence[Layer], ctx: Context) -> dict[str, Floats]:
+def powers(model: ir.Model, layers: Sequence[Layer], ctx: Context) -> dict[str, Floats]:
     """The mean square of what each weight is multiplied with, by layer, to broadcast to it."""
     read = {
         layer.name: (layer, layer.input.value.name or "", graph.shape_of(layer.weight.value))
