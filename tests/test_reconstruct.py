@@ -276,16 +276,16 @@ def test_what_lies_in_padding_changes_nothing(passes: str) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_state_goes_through_the_frames(method: Method) -> None:
+def test_a_state_goes_through_the_frames() -> None:
     model, data = fits.matting(2)
-    reference = model.clone()
+    plain, reference = model.clone(), model.clone()
+    fits.run(plain, fits.FOUR, data)
     said: list[str] = []
-    options = f"method={method} steps=8 batch=1 rate=0.05 samples=6"
+    options = "method=brecq steps=4 batch=1 rate=0.05 samples=4"
     fits.run(model, f"{fits.FOUR},reconstruct{{{options}}}", data, said=said)
-    before, after = (float(x) for x in said[-1].split(": ")[1].split(" -> "))
-    assert after < before
-    assert fits.noise(reference, model, data.judges) < 1
+    assert len(said) == 17 and "dropped" not in said[-1]
+    one, other = (fits.noise(reference, m, data.judges) for m in (plain, model))
+    assert other < one
 
 
 # -- the weights of brecq -----------------------------------------------------------------------
@@ -323,7 +323,7 @@ def test_a_killed_run_goes_on_at_its_block_and_ends_in_the_same_bytes(
     monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "whole-states"))
     options: dict[str, Any] = {
         "calib": str(fashion.path(fashion.CALIBRATION)), "resume": True,
-        "passes": f"{fits.FOUR},reconstruct{{steps=4 samples=8 rate=0.1}},insert-qdq",
+        "passes": f"{fits.FOUR},reconstruct{{steps=3 samples=4 rate=0.1}},insert-qdq",
     }  # fmt: skip
     source = fashion.path(fashion.CNN)
     compiler.compile(source, tmp_path / "whole", **options)
