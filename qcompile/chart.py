@@ -77,6 +77,7 @@ def draw(model: ir.Model, parts: Sequence[Block], path: pathlib.Path) -> None:
         raise QCompileError(
             "a picture needs matplotlib: pip install 'qcompile[pictures]'"
         ) from error
+    library: Any = matplotlib  # partly untyped
     edges = _edges(parts)
     depths = _depths(len(parts), edges)
     places = _places(depths, edges)
@@ -95,7 +96,7 @@ def draw(model: ir.Model, parts: Sequence[Block], path: pathlib.Path) -> None:
     _boxes(axes, parts, places, shares(model, parts))
     drawn = {"Date": None} if path.suffix == ".svg" else {}
     try:
-        with matplotlib.rc_context({"svg.hashsalt": "qcompile", "svg.fonttype": "none"}):
+        with library.rc_context({"svg.hashsalt": "qcompile", "svg.fonttype": "none"}):
             figure.savefig(path, dpi=100, metadata=drawn)
     except ValueError as error:
         raise QCompileError(f"cannot draw {os.fspath(path)!r}: {error}") from error

@@ -175,15 +175,16 @@ def test_a_state_goes_through_the_frames(temporal: str) -> None:
     if temporal == "flow":
         pytest.importorskip("cv2")
     model, data = fits.matting(3)
-    reference = model.clone()
-    plain = model.clone()
-    fits.run(plain, fits.FOUR, data)
-    said: list[str] = []
-    options = f"steps=16 batch=2 frames=3 samples=9 temporal={temporal} gains=channel"
-    fits.run(model, f"{fits.FOUR},calibrate-affine{{{options}}}", data, said=said)
-    assert "dropped" not in said[-1]
-    one, other = (fits.noise(reference, m, data.judges) for m in (plain, model))
-    assert other < one
+    fits.run(model, fits.FOUR, data)
+    before, said = text.render(model, weights=True), list[str]()
+    options = f"steps=3 batch=1 frames=3 samples=6 temporal={temporal} rate=0.0001"
+    [step] = fits.run(model, f"calibrate-affine{{{options}}}", data, said=said)
+    # Of so few frames nothing is learned that holds for others; what counts is that it says so.
+    start, *end = said[-1].split(": ")[1].split(", ")[0].split(" -> ")
+    kept = float(end[0]) <= float(start)
+    assert kept == ("dropped" not in said[-1]) and np.isfinite(float(end[0]))
+    assert (text.render(model, weights=True) == before) == (not kept)
+    assert (step.counters["gains"] > 0) == kept
 
 
 def test_without_motion_the_term_is_the_difference_of_frames() -> None:

@@ -126,8 +126,8 @@ def test_a_state_goes_through_the_frames() -> None:
 def seen(rows: int, seed: int, gap: float) -> Seen:
     rng = np.random.default_rng(seed)
     wanted = rng.standard_normal((1, rows, 6)).astype(np.float32)
-    lost = wanted + gap * rng.standard_normal(wanted.shape).astype(np.float32)
-    return Seen.of(wanted, lost)
+    found = wanted + gap * rng.standard_normal(wanted.shape)
+    return Seen.of(wanted, found.astype(np.float32))
 
 
 def test_what_was_not_rounded_moves_no_weight() -> None:
@@ -142,7 +142,8 @@ def test_without_a_ridge_it_is_the_regression() -> None:
     weight = rng.standard_normal((1, 3, 6)).astype(np.float32)
     wanted = rng.standard_normal((40, 6)).astype(np.float32)
     found = (wanted + 0.3 * rng.standard_normal((40, 6))).astype(np.float32)
-    goal, *_ = np.linalg.lstsq(found, wanted @ weight[0].T, rcond=None)
+    library: Any = np.linalg  # partly untyped
+    goal = library.lstsq(found, wanted @ weight[0].T, rcond=None)[0]
     actual = moved(weight, Seen.of(wanted[None], found[None]), 1e-9, False)
     np.testing.assert_allclose(actual[0], goal.T, atol=1e-4)
 

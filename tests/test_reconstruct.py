@@ -237,7 +237,10 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: 
 def test_without_torch_the_command_that_installs_it_is_said(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    def nothing(_: str) -> None:
+        return None
+
+    monkeypatch.setattr("importlib.util.find_spec", nothing)
     steps = pipeline.parse(f"calibrate,quantize,{name}", registry.passes())
     with pytest.raises(PassError, match=rf"{name} needs torch: pip install 'qcompile\[torch\]'"):
         pipeline.check(steps, [OrtCpu()])
