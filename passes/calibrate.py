@@ -23,14 +23,15 @@ class Calibrate(Pass):
     """Write ``<value>/range``, float32 [low, high], for what layers read and write and what stands
     between them.
 
-    Every element of every sample is counted. Raises PassError without calibration data, and
-    CalibrationError if a value is NaN or infinite.
+    The extremes are those of every element of every sample. Raises PassError without calibration
+    data, and CalibrationError if a value is NaN or infinite.
 
     * ``method``: the extremes, the two-sided ``percentile``, each end shrunk until the mean
       squared error (``mse``) or the mean of a power of it (``pnorm``) is least, or both ends cut at
       the magnitude where the quantized histogram diverges least from the true one (``entropy``).
     * ``percentile``: above 50, up to 100; of ``method=percentile``.
     * ``bits``: of the grid of ``mse``, ``pnorm`` and ``entropy``, over a histogram of 2048 bins.
+    * ``samples``: how many samples a histogram counts at most; its bins span the extremes of all.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -41,17 +42,20 @@ class Calibrate(Pass):
     method: ActivationMethod = "minmax"
     percentile: float = 99.99
     bits: int = 8
+    samples: int = 256
 
     def __post_init__(self) -> None:
         if not 50.0 < self.percentile <= 100.0:
             raise PassError(f"percentile must lie between 50 and 100, got {self.percentile:g}")
         if not 2 <= self.bits <= 8:
             raise PassError(f"bits must be 2 to 8, got {self.bits}")
+        if self.samples < 1:
+            raise PassError(f"samples start at 1, got {self.samples}")
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         values = calibrate.quantizable_values(model)
         observer = "minmax" if self.method == "minmax" else "histogram"
-        found = ctx.data().stats(model, values, observer)
+        found = ctx.data().stats(model, values, observer, self.samples)
         form = IntFormat(self.bits, signed=False)
         by_name = {
             v.name: v for v in (*model.graph.inputs, *(o for n in model.graph for o in n.outputs))

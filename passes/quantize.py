@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
@@ -22,6 +23,8 @@ from qcompile.spec import TensorSpec
 
 # The kinds of layers with one constant weight that is multiplied with an activation.
 WEIGHTED = ("conv", "depthwise", "conv-transpose", "linear")
+# How many times ``least`` all layers below it may have.
+_TOGETHER = 20
 Granularity = Literal["tensor", "channel", "block"]
 Scale = Literal["static", "dynamic"]
 
@@ -40,12 +43,22 @@ class Quantize(Pass):
     * ``method``: how the range of each scale of a weight is searched; ``output`` weighs the error
       of each weight by the mean square of what it is multiplied with (as the clipping of AWQ, Lin
       et al., arXiv 2306.00978, does), which needs data.
+    * ``symmetric``: static grids of inputs have zero in their middle, as PTQ4VM (Zhu et al., arXiv
+      2506.10840) has them even behind a ReLU, where half of the codes are never used; it is there
+      to compare with. Without it, targets choose.
+    * ``ends``: a format for weight and input of the first and last layers: those that depend on no
+      other layer, and those on which none depends.
     * ``scale``: that of an input: ``static``, from its range, or ``dynamic``: taken from the tensor
       at run time, for linear layers; a Conv keeps a static one.
     * ``attention``: the format of both sides of a product of two activations.
     * ``embedding``: the format of tables whose rows are gathered: one scale a row, or ``block`` of
       a row at 4 bits and below. A table that is the weight of a linear layer as well is decided
       twice.
+    * ``least``: in percent. A Conv or linear layer that has a smaller share of the MACs, and of the
+      weights as well, stays float: integers win nothing there, and the grids of what it reads and
+      writes make as much noise as those of a large one (most of all a depthwise Conv, whose
+      channels differ in range). The smallest first, while all of them have at most 20 times that
+      share of the MACs. Above 0 it needs data, for the shapes.
     * ``include``, ``exclude``: globs over the names and operator types of layers.
 
     Raises PassError for an unknown format, a glob that matches nothing, a block that
@@ -61,9 +74,12 @@ class Quantize(Pass):
     granularity: Granularity = "channel"
     block: int = 32
     method: RangeMethod = "minmax"
+    symmetric: bool = False
+    ends: str = "as-others"
     scale: Scale = "static"
     attention: str = "float"
     embedding: str = "float"
+    least: float = 0.0
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
 
@@ -71,8 +87,12 @@ class Quantize(Pass):
         for form in (self.weight, self.input, self.attention, self.embedding):
             if form != "float":
                 numerics.parse_format(form)
+        if self.ends != "as-others":
+            numerics.parse_format(self.ends)
         if self.block < 1:
             raise PassError(f"block must be at least 1, got {self.block}")
+        if not 0 <= self.least < 5:
+            raise PassError(f"least is a percentage from 0 and below 5, got {self.least:g}")
         if self.weight == "float" and self.input != "float":
             raise PassError("a quantized input needs a quantized weight: no kernel takes only one")
 
@@ -82,14 +102,18 @@ class Quantize(Pass):
         return self.requires if static or self.attention != "float" else frozenset()
 
     def needs_data(self) -> bool:
-        """Only to weigh errors by what weights are multiplied with."""
-        return self.method == "output"
+        """To weigh errors by what weights are multiplied with, and for the shapes of ``least``."""
+        return self.method == "output" or self.least > 0
 
     def weight_formats(self) -> tuple[str, ...]:
-        return (self.weight, self.embedding)
+        return (self.weight, self.embedding, *self._of_ends(self.weight))
 
     def input_formats(self) -> tuple[str, ...]:
-        return (self.input, self.attention)
+        return (self.input, self.attention, *self._of_ends(self.input))
+
+    def _of_ends(self, others: str) -> tuple[str, ...]:
+        """The format of first and last layers, if it is another and these are quantized at all."""
+        return () if "float" in (others, self.weight) or self.ends == "as-others" else (self.ends,)
 
     def scales(self) -> tuple[str, ...]:
         return ("tensor",) if self.scale == "dynamic" else ()
@@ -99,8 +123,13 @@ class Quantize(Pass):
         chosen = graph.select(model, self.include, "include") if any(graph.layers(model)) else []
         chosen = [layer for layer in chosen if layer.node not in excluded]
         weighted = [layer for layer in chosen if layer.kind in WEIGHTED]
+        spared = self._spared(model, weighted, ctx)
+        weighted = [layer for layer in weighted if layer.node not in spared]
+        ends = graph.ends(model, WEIGHTED) if self._of_ends(self.weight) else frozenset[ir.Node]()
         if self.weight != "float":
-            decide_weights(model, weighted, self, ctx)
+            last = dataclasses.replace(self, weight=self.ends) if ends else self
+            decide_weights(model, [x for x in weighted if x.node not in ends], self, ctx)
+            decide_weights(model, [x for x in weighted if x.node in ends], last, ctx)
         tables = [layer for layer in chosen if layer.kind == "embedding"]
         if self.embedding != "float":
             decide_weights(model, tables, self._for_tables(), ctx)
@@ -108,7 +137,8 @@ class Quantize(Pass):
         for layer in weighted:
             if layer.input is not None and self.input != "float":
                 dynamic = self.scale == "dynamic" and layer.kind == "linear"
-                decide_input(layer.input, self.input, dynamic)
+                form = self.ends if layer.node in ends else self.input
+                decide_input(layer.input, form, dynamic, self.symmetric)
                 inputs += 1
             elif layer.input is not None and self.weight != "float":
                 layer.input.decide(None)  # an earlier quantize may have decided it
@@ -123,7 +153,31 @@ class Quantize(Pass):
             "inputs": inputs,
             "products": len(products) if self.attention != "float" else 0,
             "tables": len(tables) if self.embedding != "float" else 0,
+            "spared": len(spared),
         }
+
+    def _spared(self, model: ir.Model, weighted: Sequence[Layer], ctx: Context) -> set[ir.Node]:
+        """The nodes of the layers that ``least`` leaves in float."""
+        if not self.least or self.weight == "float":
+            return set()
+        every, shapes = list(graph.layers(model)), ctx.data().shapes(model)
+        macs = _shares([layer.macs(shapes) for layer in every])
+        sizes = _shares([math.prod(graph.shape_of(layer.weight.value) or ()) for layer in every])
+        of = {layer.node: each for layer, *each in zip(every, macs, sizes, strict=True)}
+        found: set[ir.Node] = set()
+        whole = 0.0
+        for layer in sorted(weighted, key=lambda layer: of[layer.node]):
+            share = of[layer.node][0]
+            if max(of[layer.node]) < self.least and whole + share <= _TOGETHER * self.least:
+                whole += share
+                found.add(layer.node)
+                for use in (layer.weight, layer.input):
+                    if use is not None:
+                        use.decide(None)  # an earlier quantize may have decided it
+                layer.node.metadata_props[graph.REASON] = (
+                    f"{share:.2g} % of the MACs: integers win nothing"
+                )
+        return found
 
     def _for_tables(self) -> Quantize:
         """How a table is decided, as if it were a weight."""
@@ -132,16 +186,27 @@ class Quantize(Pass):
         return dataclasses.replace(self, weight=self.embedding, granularity=granularity)
 
 
-def decide_input(use: graph.Use, form: str, dynamic: bool = False) -> None:
-    """Write the spec of an activation; raise PassError if it has no range for a static scale."""
+def _shares(parts: Sequence[int]) -> list[float]:
+    """Each part in percent of all."""
+    whole = max(sum(parts), 1)
+    return [100 * part / whole for part in parts]
+
+
+def decide_input(use: graph.Use, form: str, dynamic: bool = False, symmetric: bool = False) -> None:
+    """Write the spec of an activation.
+
+    Raises PassError if it has no range for a static scale, and for a dynamic one below 8 bits.
+    """
     if dynamic:
+        if numerics.parse_format(form).bits < 8:
+            raise PassError(f"scale=dynamic has 8 bits, not {form}: no kernel rounds to fewer")
         use.decide(TensorSpec(form, symmetric=False, scale_from="tensor"))
         return
     name = graph.range_name(use.value)
     if name is None:
         kind = "" if use.node.op_type != "Conv" else ": a Conv takes no scale at run time"
         raise PassError(f"{use.value.name!r} has no range; calibrate first{kind}")
-    use.decide(TensorSpec(form, symmetric=False, range=name))
+    use.decide(TensorSpec(form, symmetric=symmetric, range=name))
 
 
 def decide_weights(model: ir.Model, layers: list[Layer], how: Quantize, ctx: Context) -> None:
@@ -150,12 +215,12 @@ def decide_weights(model: ir.Model, layers: list[Layer], how: Quantize, ctx: Con
         return
     form = numerics.parse_format(how.weight)
     blocks = _divided(layers, how.block)
-    powers = _powers(model, layers, ctx) if how.method == "output" else {}
+    seen = powers(model, layers, ctx) if how.method == "output" else {}
     # One weight at a time, for a model larger than memory.
     jobs = (
         _Job(
             graph.finite_weight(layer).astype(np.float32, copy=False), *_axes(layer, how, blocks),
-            powers.get(layer.name),
+            seen.get(layer.name),
         )
         for layer in layers
     )  # fmt: skip
@@ -219,7 +284,7 @@ def _grid(job: _Job, form: IntFormat, method: RangeMethod) -> Grid:
 _SAMPLES = 64
 
 
-def _powers(model: ir.Model, layers: Sequence[Layer], ctx: Context) -> dict[str, Floats]:
+def powers(model: ir.Model, layers: Sequence[Layer], ctx: Context) -> dict[str, Floats]:
     """The mean square of what each weight is multiplied with, by layer, to broadcast to it."""
     read = {
         layer.name: (layer, layer.input.value.name or "", graph.shape_of(layer.weight.value))

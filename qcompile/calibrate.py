@@ -156,18 +156,29 @@ class Calibration:
         return fit.some(most), (apart if kept else fit).some(APART)
 
     def stats(
-        self, model: ir.Model, values: Sequence[str], observer: Observer
+        self,
+        model: ir.Model,
+        values: Sequence[str],
+        observer: Observer,
+        samples: int | None = None,
     ) -> dict[str, Statistic]:
         """The statistic of each of ``values`` (names of floats of the main graph of ``model``).
+
+        Of at most ``samples`` samples, if given, for histograms alone: their edges, and the other
+        statistics, are those of all.
 
         Raises CalibrationError, naming value and sample, if one is NaN or infinite.
         """
         keys = content_keys(model, self.state)
-        missing = [v for v in values if (keys[v], observer) not in self._cache]
+        taken, kind = self.samples, str(observer)
+        if observer == "histogram" and samples is not None:
+            taken = self.samples.some(samples)
+            kind = f"{observer} {len(taken)}"
+        missing = [v for v in values if (keys[v], kind) not in self._cache]
         if missing:
-            for name, found in self._sweep(model, missing, observer).items():
-                self._cache[keys[name], observer] = found
-        return {v: self._cache[keys[v], observer] for v in values}
+            for name, found in self._sweep(model, missing, observer, taken).items():
+                self._cache[keys[name], kind] = found
+        return {v: self._cache[keys[v], kind] for v in values}
 
     def grams(
         self,
@@ -239,7 +250,7 @@ class Calibration:
     # -- sweeps ---------------------------------------------------------------------------------
 
     def _sweep(
-        self, model: ir.Model, values: Sequence[str], observer: Observer
+        self, model: ir.Model, values: Sequence[str], observer: Observer, samples: Samples
     ) -> dict[str, Statistic]:
         model = halves.rounded(model)
         if observer == "minmax":
@@ -247,7 +258,7 @@ class Calibration:
         if observer == "moments":
             return dict(self._moments(model, values))
         ranges = cast("dict[str, MinMax]", self.stats(model, values, "minmax"))
-        return dict(self._histograms(model, ranges))
+        return dict(self._histograms(model, ranges, samples))
 
     def _extremes(self, model: ir.Model, values: Sequence[str]) -> dict[str, MinMax]:
         lined = ports.lined_up(model, self.mask) if self.mask else ()
@@ -288,10 +299,12 @@ class Calibration:
             array = array[counted]
         return bool(np.isfinite(array).all())
 
-    def _histograms(self, model: ir.Model, ranges: Mapping[str, MinMax]) -> dict[str, Histogram]:
+    def _histograms(
+        self, model: ir.Model, ranges: Mapping[str, MinMax], samples: Samples
+    ) -> dict[str, Histogram]:
         edges = {v: _edges(r) for v, r in ranges.items()}
         counts = {v: np.zeros(BINS, np.int64) for v in ranges}
-        for _, name, array in self._observed(model, list(ranges), "histograms"):
+        for _, name, array in self._observed(model, list(ranges), "histograms", samples):
             low, high = edges[name][0], edges[name][-1]
             numbers = array.ravel()
             for first in range(0, numbers.size, _PART):

@@ -7,7 +7,8 @@ import pathlib
 from qcompile.errors import QCompileError, nearest
 
 _FRONT = "simplify,recompose,fold-bn,"
-_FITTED = ",calibrate,quantize,gptq,insert-qdq"
+_RANGES = "calibrate{method=percentile percentile=99.999},quantize{least=0.1}"
+_FITTED = f",{_RANGES},gptq,insert-qdq"
 _FOUR = "quantize{weight=int4 input=float granularity=block method=mse embedding=int8}"
 
 # Each is text, as a user would write it; ``qcompile passes @NAME`` prints it.
@@ -16,8 +17,7 @@ RECIPES = {
     "int8": _FRONT + "smooth-hadamard{block=32}" + _FITTED,
     "int8-fast": _FRONT + "smooth-hadamard{block=32 max-cost=1.5}" + _FITTED,
     "int8-best": _FRONT + "smooth-hadamard{max-cost=15},"
-    "calibrate{method=percentile percentile=99.999},quantize,"
-    "gptq{samples=256 rows=256},bias-correct{samples=256 rows=256},insert-qdq",
+    f"{_RANGES},gptq{{samples=256 rows=256}},bias-correct{{samples=256 rows=256}},insert-qdq",
     "int8-dynamic": _FRONT + "quantize{scale=dynamic},insert-qdq",
     "int8-fp16": _FRONT + "calibrate,quantize,gptq,cast-half,insert-qdq",
     "int4": _FRONT + _FOUR + ",gptq{damping=0.1},insert-qdq",

@@ -84,11 +84,10 @@ def test_the_same_decisions_come_out(method: RangeMethod) -> None:
 def test_calibrate_adds_ranges_only() -> None:
     model = graph(CHAIN)
     before = text.render(model)
-    assert run(model, Calibrate()) == [{"values": 5, "samples": 4}]
+    assert run(model, Calibrate()) == [{"values": 4, "samples": 4}]
     assert text.changes(before, text.render(model)) == [
         "+w %h/range: f32[2]",
         "+w %r/range: f32[2]",
-        "+w %s/range: f32[2]",
         "+w %x/range: f32[2]",
         "+w %y/range: f32[2]",
     ]
@@ -103,7 +102,7 @@ def observed(model: ir.Model, value: str, count: int = 4) -> Array:
 def test_min_max_is_the_extremes_of_every_sample() -> None:
     model = graph(CHAIN)
     run(model, Calibrate())
-    for name in ("h", "s", "r", "y"):
+    for name in ("h", "r", "y"):
         [value] = [v for n in model.graph for v in n.outputs if v.name == name]
         seen = observed(model, name)
         found = graphs.range_of(model, value)
@@ -144,7 +143,7 @@ def test_calibrating_again_overwrites() -> None:
 def test_a_model_without_layers_is_no_error() -> None:
     assert run(graph(EMPTY), Calibrate(), Quantize()) == [
         {"values": 0, "samples": 4},
-        {"weights": 0, "inputs": 0, "products": 0, "tables": 0},
+        {"weights": 0, "inputs": 0, "products": 0, "tables": 0, "spared": 0},
     ]
 
 
@@ -162,7 +161,9 @@ def test_quantize_adds_decisions_and_scales_only() -> None:
     model = graph(CHAIN)
     run(model, Calibrate())
     before = text.render(model)
-    assert run(model, Quantize()) == [{"weights": 2, "inputs": 2, "products": 0, "tables": 0}]
+    assert run(model, Quantize()) == [
+        {"weights": 2, "inputs": 2, "products": 0, "tables": 0, "spared": 0}
+    ]
     assert text.changes(before, text.render(model)) == [
         "+w %w1/scale: f32[8]",
         "+w %w2/scale: f32[4]",
@@ -230,6 +231,36 @@ def test_error_falls_as_bits_rise() -> None:
         array = graphs.constant(layer.weight.value)
         errors.append(float(np.mean((grid.round_trip(array) - array) ** 2)))
     assert errors == sorted(errors, reverse=True)
+
+
+def test_ends_are_the_layers_before_and_behind_all_others() -> None:
+    source = """(float[2,8] x) => (float[2,8] y, float[2,8] z)
+    <float[8,8] w1, float[8,8] w2, float[8,8] w3, float[8,8] w4, float[8,8] w5> {
+        a = MatMul(x, w1)
+        b = Relu(x)
+        c = MatMul(b, w2)
+        d = Add(a, c)
+        e = MatMul(d, w3)
+        y = MatMul(e, w4)
+        z = MatMul(e, w5)
+    }"""
+    found = decisions(decided(source, Quantize(weight="int4", input="int5", ends="int8")))
+    narrow, wide = (
+        {0: f"{a} asymmetric", 1: f"{w} axis=1"} for a, w in (("int5", "int4"), ("int8", "int8"))
+    )
+    assert found == {"a": wide, "c": wide, "e": narrow, "y": wide, "z": wide}
+    alone = decisions(decided(source, Quantize(weight="int4", input="float", ends="int8")))
+    assert alone["e"] == {1: "int4 axis=1"} and alone["y"] == {1: "int8 axis=1"}
+
+
+def test_symmetric_inputs_are_decided_when_asked_for() -> None:
+    model = decided(CHAIN, Quantize(symmetric=True))
+    assert decisions(model)["y"] == {0: "int8", 1: "int8 axis=1"}
+
+
+def test_a_scale_at_run_time_has_eight_bits() -> None:
+    with pytest.raises(PassError, match="scale=dynamic has 8 bits, not int4"):
+        decided(CHAIN, Quantize(input="int4", scale="dynamic"))
 
 
 def test_weight_only_leaves_every_input_float() -> None:
@@ -329,6 +360,76 @@ def test_weighing_errors_by_the_data_needs_data() -> None:
     assert not Quantize(method="mse", input="float").needs_data()
     with pytest.raises(PassError, match="needs calibration data"):
         pipeline.run(graph(LINEAR), [Quantize(method="output", input="float")], Context())
+
+
+def small_and_large(small: int, large: int) -> ir.Model:
+    """``small`` layers of 8 x 8 weights in a row, then one of 8 x ``large``."""
+    steps = " ".join(f"h{i + 1} = MatMul(h{i}, w{i})" for i in range(small))
+    weights = ", ".join(f"float[8,8] w{i}" for i in range(small))
+    return graph(
+        f"(float[4,8] h0) => (float[4,{large}] y) <{weights}, float[8,{large}] w> "
+        f"{{ {steps} y = MatMul(h{small}, w) }}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("large", "least", "spared"),
+    [(784, 0.0, 0), (784, 0.9, 0), (784, 1.1, 2), (6384, 0.13, 2), (84, 4.0, 0)],
+)
+def test_layers_below_a_share_of_macs_and_weights_stay_float(
+    large: int, least: float, spared: int
+) -> None:
+    model = small_and_large(2, large)
+    reference = model.clone()
+    *_, stats = run(model, Calibrate(), Quantize(least=least))
+    assert stats["spared"] == spared
+    assert len(decisions(model)) == 3 - spared
+    reasons = [node.metadata_props.get(graphs.REASON, "") for node in model.graph]
+    assert sum("% of the MACs" in reason for reason in reasons) == spared
+    assert_same_function(reference, model)
+
+
+def test_many_small_layers_do_not_all_stay_float() -> None:
+    model = small_and_large(100, 8)
+    *_, stats = run(model, Calibrate(), Quantize(least=1.0))
+    # Each has 0.99 % and 20 % may stay.
+    assert stats["spared"] == 20
+
+
+def test_a_small_layer_with_large_weights_is_quantized() -> None:
+    # One row against 64: a hundredth of the MACs, a third of the weights.
+    source = """(float[64,16] x, float[1,16] z) => (float[64,16] y, float[1,16] r)
+        <float[16,16] a, float[16,16] b, float[16,16] w> {
+        h = MatMul(x, a) y = MatMul(h, b) r = MatMul(z, w) }"""
+    *_, stats = run(graph(source), Calibrate(), Quantize(least=2.0))
+    assert stats["spared"] == 0
+
+
+def test_sparing_small_layers_takes_back_what_was_decided() -> None:
+    model = small_and_large(2, 784)
+    run(model, Calibrate(), Quantize(), Quantize(least=1.1))
+    assert len(decisions(model)) == 1
+
+
+@pytest.mark.parametrize("least", [-1.0, 5.0, float("nan")])
+def test_a_share_out_of_bounds_is_rejected(least: float) -> None:
+    with pytest.raises(PassError, match="least is a percentage from 0 and below 5"):
+        Quantize(least=least)
+
+
+def test_sparing_small_layers_needs_data() -> None:
+    assert Quantize(least=0.1).needs_data() and not Quantize().needs_data()
+
+
+def test_histograms_of_some_samples_have_ranges_within_those_of_all() -> None:
+    model = graph(LINEAR)
+    every, some = model.clone(), model.clone()
+    run(every, Calibrate())
+    run(some, Calibrate(method="percentile", percentile=100.0, samples=1))
+    wide = graphs.range_of(every, every.graph.inputs[0])
+    narrow = graphs.range_of(some, some.graph.inputs[0])
+    assert wide is not None and narrow is not None and wide != narrow
+    assert wide[0] <= narrow[0] < narrow[1] <= wide[1]
 
 
 def test_an_input_without_a_range_is_rejected() -> None:

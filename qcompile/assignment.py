@@ -1,0 +1,503 @@
+"""What each layer of a model may become, what that costs and takes, and a choice under budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile import decisions, factors, graph, numerics, patches, solve
+from qcompile.errors import PassError
+from qcompile.factors import Factors
+from qcompile.graph import Layer
+from qcompile.numerics import Floats, Grid
+from qcompile.passes.quantize import Quantize, decide_weights, powers
+from qcompile.pipeline import Context
+from qcompile.sensitivity import Sensitivity
+from qcompile.spec import TensorSpec
+
+# The bits of a scale, as it is stored.
+SCALE_BITS = 32
+# Ranks of each pair of widths that a full table measures; the others are guessed (the paper's 5).
+MEASURED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """A bound on the layers together: ``bits`` a weight on average, or ``size`` in bytes.
+
+    ``bits`` counts codes alone, as papers do; ``size`` is what is stored: codes in the type that
+    holds them, scales and zero points.
+    """
+
+    kind: str
+    amount: float
+
+    @staticmethod
+    def parse(text: str) -> Budget:
+        """Read ``4.5``, ``bits=4.5``, ``size=4MB``, ``size=300kB`` or ``size=1234``."""
+        kind, _, amount = text.rpartition("=")
+        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(B|kB|MB|GB)?", amount)
+        unit = match[2] if match else None
+        if match is None or kind not in ("", "bits", "size") or (unit and kind != "size"):
+            raise PassError(f"budget {text!r} is no bits=4.5 and no size=4MB (B, kB, MB, GB)")
+        scale = {None: 1.0, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+        return Budget(kind or "bits", float(match[1]) * scale)
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.amount:.10g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What a weight takes: ``bits`` of codes in all, and ``stored`` bytes as it is written."""
+
+    bits: float
+    stored: float
+
+    def of(self, kind: str) -> float:
+        """The number that a budget of ``kind`` adds up."""
+        return self.bits if kind == "bits" else self.stored
+
+
+def size_of(shape: Sequence[int], decided: TensorSpec) -> Size:
+    """The size of a weight of ``shape`` as ``decided``."""
+    form, count = numerics.parse_format(decided.format), math.prod(shape)
+    groups = 1
+    if decided.axis is not None:
+        groups = shape[decided.axis] if decided.block is None else count // decided.block
+    held = form.stored.bits
+    codes, zeros = math.ceil(count * held / 8), math.ceil(groups * held / 8)
+    return Size(form.bits * count, codes + groups * SCALE_BITS / 8 + zeros)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One thing that a weight may become: codes of ``bits``, or a product of low ``rank``.
+
+    Of a product ``bits`` are those of the outer factor ``A``, and ``inner`` those of ``B``.
+    """
+
+    bits: int
+    rank: int = 0
+    inner: int = 0
+
+    def __str__(self) -> str:
+        return f"int{self.bits}" + (f" x int{self.inner}, rank {self.rank}" if self.rank else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Products of low rank among the choices: ``bits`` of either factor, and what weighs errors.
+
+    At most ``most`` ranks of each pair of widths are kept.
+    """
+
+    bits: tuple[int, ...]
+    weigh: factors.Weigh
+    most: int = 12
+
+
+class Items:
+    """The weights of ``layers``, those that layers share once, and what each may become.
+
+    ``how`` decides ranges and granularity; ``bits`` are the widths, which come first among the
+    choices of an item, falling. Then come the products of ``pairs``, those that no other choice
+    beats in local loss and size; a weight that several layers read has none.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        layers: Sequence[Layer],
+        bits: Sequence[int],
+        how: Quantize,
+        ctx: Context,
+        pairs: Pairs | None = None,
+    ) -> None:
+        shared: dict[ir.Value, list[Layer]] = {}
+        for layer in layers:
+            shared.setdefault(layer.weight.value, []).append(layer)
+        self.model, self.how, self.ctx = model, how, ctx
+        self.readers = list(shared.values())
+        widths = [Choice(width) for width in sorted(set(bits), reverse=True)]
+        self.widths = len(widths)
+        self.choices: list[list[Choice]] = [list(widths) for _ in self.readers]
+        self._decided: dict[int, tuple[ir.Model, dict[str, Layer]]] = {}
+        self._powers: dict[str, Floats] | None = None
+        self.factors: dict[int, Factors] = {}
+        if pairs is not None and pairs.bits:
+            self._factorize(pairs)
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+    def name(self, item: int) -> str:
+        """The name of the first layer that reads the weight."""
+        return self.readers[item][0].name
+
+    def shape(self, item: int) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return graph.shape_of(self.readers[item][0].weight.value) or ()
+
+    def rounded(self, item: int, choice: Choice) -> Floats:
+        """What is multiplied with in place of the weight."""
+        if choice.rank:
+            cut = self.factors[item].cut(choice.rank)
+            a = self._grid(cut.a, choice.bits).round_trip(cut.a.astype(np.float32))
+            b = self._grid(cut.b, choice.inner).round_trip(cut.b.astype(np.float32))
+            return patches.from_matrix(self.readers[item][0], (a @ b)[None])
+        model, layers = self._with(choice.bits)
+        layer = layers[self.name(item)]
+        decided = layer.weight.spec
+        assert decided is not None
+        return decisions.rounded(model, layer.weight.value, decided)
+
+    def size(self, item: int, choice: Choice) -> Size:
+        """What the weight takes."""
+        if choice.rank:
+            cut = self.factors[item].cut(choice.rank)
+            a = size_of(cut.a.shape, TensorSpec(f"int{choice.bits}", 0))
+            b = size_of(cut.b.shape, TensorSpec(f"int{choice.inner}", 0))
+            return Size(a.bits + b.bits, a.stored + b.stored)
+        decided = self._with(choice.bits)[1][self.name(item)].weight.spec
+        assert decided is not None
+        return size_of(self.shape(item), decided)
+
+    def loss(self, item: int, choice: Choice) -> float:
+        """The mean squared error of the weight, each weighed by the power of what it multiplies."""
+        layer = self.readers[item][0]
+        if self._powers is None:
+            firsts = [readers[0] for readers in self.readers]
+            self._powers = powers(self.model, firsts, self.ctx)
+        error = graph.finite_weight(layer).astype(np.float64) - self.rounded(item, choice)
+        return float(np.mean(error**2 * self._powers.get(layer.name, np.float32(1))))
+
+    def _grid(self, factor: npt.NDArray[np.float64], bits: int) -> Grid:
+        """The grid of a factor: a scale for each row, as that of the layer that it becomes."""
+        form = numerics.parse_format(f"int{bits}")
+        method = "mse" if self.how.method == "output" else self.how.method
+        return numerics.weight_grid(factor.astype(np.float32), form, 0, method=method)
+
+    def _with(self, bits: int) -> tuple[ir.Model, dict[str, Layer]]:
+        """A model in which all weights are decided in ``bits``, and its layers by name."""
+        if bits not in self._decided:
+            model = self.model.clone()
+            names = {layer.name for readers in self.readers for layer in readers}
+            layers = [layer for layer in graph.layers(model) if layer.name in names]
+            how = dataclasses.replace(self.how, weight=f"int{bits}")
+            decide_weights(model, layers, how, self.ctx)
+            self._decided[bits] = model, {layer.name: layer for layer in layers}
+        return self._decided[bits]
+
+    def _factorize(self, pairs: Pairs) -> None:
+        """Add the products of low rank."""
+        fit = [
+            item
+            for item, readers in enumerate(self.readers)
+            if len(graph.readers(readers[0].weight.value)) == 1 and factors.factorable(readers[0])
+        ]
+        firsts = [self.readers[item][0] for item in fit]
+        weights = factors.weights(self.model, firsts, pairs.weigh, self.ctx)
+        for item, layer in zip(fit, firsts, strict=True):
+            matrix = factors.matrix(layer)
+            rng = self.ctx.rng(layer.name)
+            self.factors[item] = factors.decompose(matrix, *weights[layer.name], rng)
+            self.choices[item] += self._front(item, matrix, pairs)
+
+    def _front(self, item: int, matrix: npt.NDArray[np.float64], pairs: Pairs) -> list[Choice]:
+        """The products that no width and no other product beats; a front for each pair."""
+        whole, found = self.factors[item], list[Choice]()
+        widths = self.choices[item][: self.widths]
+        spread = whole.left[:, None] * whole.right
+        plain = [
+            float(np.mean((spread * (matrix - self._matrix(item, choice))) ** 2))
+            for choice in widths
+        ]
+        sizes = [self.size(item, choice).bits for choice in widths]
+        for bits, inner in itertools.product(sorted(pairs.bits), repeat=2):
+            a = self._grid(whole.a, bits).round_trip(whole.a.astype(np.float32))
+            b = self._grid(whole.b, inner).round_trip(whole.b.astype(np.float32))
+            losses = losses_by_rank(matrix, a, b, whole.left, whole.right)
+            ranks = np.arange(1, len(losses) + 1)
+            taken = ranks * (matrix.shape[0] * bits + matrix.shape[1] * inner)
+            kept = [
+                int(rank)
+                for rank, loss, size in zip(ranks, losses, taken, strict=True)
+                if rank > 1  # as the paper
+                and size < 8 * matrix.size
+                and not any(p <= loss and s <= size for p, s in zip(plain, sizes, strict=True))
+            ]
+            evenly = np.linspace(0, len(kept) - 1, min(len(kept), pairs.most))
+            found += [Choice(bits, kept[round(place)], inner) for place in evenly]
+        return found
+
+    def _matrix(self, item: int, choice: Choice) -> npt.NDArray[np.float64]:
+        layer = self.readers[item][0]
+        return patches.to_matrix(layer, self.rounded(item, choice))[0].astype(np.float64)
+
+
+def losses_by_rank(
+    weight: npt.NDArray[np.float64],
+    a: Floats,
+    b: Floats,
+    left: npt.NDArray[np.float64],
+    right: npt.NDArray[np.float64],
+) -> npt.NDArray[np.float64]:
+    """``mean((L (W - A[:, :r] B[:r]) R)^2)`` for each rank ``r``, [ranks].
+
+    ``|X - Y|^2 = |X|^2 - 2 <X, Y> + |Y|^2``, the latter two as running sums over the ranks.
+    """
+    scaled = left[:, None] * weight * right
+    outer, inner = left[:, None] * a.astype(np.float64), b.astype(np.float64) * right
+    shared = np.einsum("nr,nr->r", outer, scaled @ inner.T)
+    gram = (outer.T @ outer) * (inner @ inner.T)
+    squares = np.diagonal(gram.cumsum(axis=0).cumsum(axis=1))
+    lost = (scaled**2).sum() - 2 * shared.cumsum() + squares
+    return np.maximum(lost, 0.0) / weight.size
+
+
+class Costs:
+    """The cost of each choice of each item: measured where asked for, guessed elsewhere.
+
+    A guess is linear in the local loss between the nearest that are measured, on a double
+    logarithmic scale, and proportional to it beyond them: noise at the output is to first order
+    proportional to noise in the layer.
+    """
+
+    def __init__(self, items: Items, sensitivity: Sensitivity) -> None:
+        self.items, self.sensitivity = items, sensitivity
+        self._known: dict[int, dict[int, float]] = {}
+        self._losses: dict[tuple[int, int], float] = {}
+
+    def measure(self, item: int, number: int) -> float:
+        """The cost of choice ``number`` of ``item``."""
+        known = self._known.setdefault(item, {})
+        if number not in known:
+            weight = self.items.rounded(item, self.items.choices[item][number])
+            known[number] = self.sensitivity.cost(self.items.readers[item], weight)
+        return known[number]
+
+    def known(self, item: int, number: int) -> bool:
+        """Whether the cost of choice ``number`` of ``item`` is measured."""
+        return number in self._known.get(item, {})
+
+    def loss(self, item: int, number: int) -> float:
+        """The local loss of choice ``number`` of ``item``."""
+        key = item, number
+        if key not in self._losses:
+            self._losses[key] = self.items.loss(item, self.items.choices[item][number])
+        return self._losses[key]
+
+    def guess(self, item: int, number: int) -> float:
+        """The cost of choice ``number`` of ``item``, of which one choice at least is measured.
+
+        Of a product from products of the same two widths, as soon as one is measured.
+        """
+        known, choices = self._known[item], self.items.choices[item]
+        if number in known:
+            return known[number]
+
+        def kind(number: int) -> tuple[int, int]:
+            return (choices[number].bits, choices[number].inner) if choices[number].rank else (0, 0)
+
+        alike = {n: cost for n, cost in known.items() if kind(n) == kind(number)} or known
+        points = sorted((self.loss(item, n), cost) for n, cost in alike.items() if cost > 0)
+        loss = self.loss(item, number)
+        if not points or loss == 0.0:
+            return 0.0
+        below = max((p for p in points if p[0] <= loss), default=points[0])
+        above = min((p for p in points if p[0] > loss), default=below)
+        if below == above or below[0] <= 0.0 or below[0] > loss:
+            return below[1] * loss / max(below[0], 1e-300)
+        share = math.log(loss / below[0]) / math.log(above[0] / below[0])
+        return below[1] * (above[1] / below[1]) ** share
+
+    def table(self) -> list[npt.NDArray[np.float64]]:
+        """All costs, measured or guessed, made to fall with the width (see ``solve.envelope``).
+
+        Noise below zero says how large noise is: costs below it are told apart by the law of
+        rounding noise, a factor of 4 a bit, or a solver would take the fewest bits of the luckiest.
+        """
+        rows = [
+            np.array([self.guess(item, number) for number in range(len(choices))])
+            for item, choices in enumerate(self.items.choices)
+        ]
+        noise = max((float(-row.min()) for row in rows), default=0.0)
+        found: list[npt.NDArray[np.float64]] = []
+        widths = self.items.widths
+        for choices, row in zip(self.items.choices, rows, strict=True):
+            bits = np.array([choice.bits for choice in choices], np.float64)
+            row = np.maximum(row, noise * 4.0 ** (bits.min() - bits)) if noise > 0 else row
+            plain = solve.envelope(row[:widths][::-1])[::-1]
+            found.append(np.concatenate([plain, row[widths:]]))
+        return found
+
+
+Places = list[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Assigned:
+    """The number of the choice of each item, their summed cost, and the gap of the solver."""
+
+    numbers: tuple[int, ...]
+    cost: float
+    gap: float = 0.0
+
+
+class Assigner:
+    """Chooses for ``items`` under ``budgets``, with costs that are measured where it matters.
+
+    Each round chooses with what is known and guessed, and measures what the choice rests on, until
+    nothing is left to measure. ``full`` measures all first.
+    """
+
+    def __init__(self, costs: Costs, budgets: Sequence[Budget], full: bool = False) -> None:
+        self.costs, self.items = costs, costs.items
+        self.budgets = budgets
+        total = sum(math.prod(self.items.shape(item)) for item in range(len(self.items)))
+        self.limits = np.array(
+            [b.amount * total if b.kind == "bits" else b.amount for b in budgets], np.float64
+        )
+        self.sizes = [
+            np.array([[self.items.size(item, c).of(b.kind) for b in budgets] for c in choices])
+            for item, choices in enumerate(self.items.choices)
+        ]
+        every = [pair for item in range(len(self.items)) for pair in self._all(item)]
+        # One for each is needed for a guess: the middle, since guesses are worse further away.
+        middles = [(item, self.items.widths // 2) for item in range(len(self.items))]
+        self._measure(every if full else middles)
+
+    def _all(self, item: int) -> Places:
+        """The widths, and of each pair of widths MEASURED ranks."""
+        choices, widths = self.items.choices[item], self.items.widths
+        chosen = list(range(widths))
+        kinds: dict[tuple[int, int], list[int]] = {}
+        for number in range(widths, len(choices)):
+            kinds.setdefault((choices[number].bits, choices[number].inner), []).append(number)
+        for numbers in kinds.values():
+            places = np.linspace(0, len(numbers) - 1, min(MEASURED, len(numbers)))
+            chosen += [numbers[round(place)] for place in places]
+        return [(item, number) for number in chosen]
+
+    def mlorq(self) -> Assigned:
+        """The least summed cost, by the knapsack."""
+        return self._settled(self._knapsack, lambda found: list(enumerate(found.numbers)))
+
+    def fmpq(self) -> Assigned:
+        """The smallest tolerance of any layer that fits, then what is left for the best."""
+        tolerated = self._settled(self._tolerated, self._bounds)
+        return self._settled(
+            lambda: self._filled(tolerated), lambda found: list(enumerate(found.numbers))
+        )
+
+    def greedy(self) -> Assigned:
+        """From the widest down, each time where least is lost for what is saved."""
+        return self._settled(self._lowered, lambda found: list(enumerate(found.numbers)))
+
+    def _settled(
+        self, choose: Callable[[], Assigned], rests_on: Callable[[Assigned], Places]
+    ) -> Assigned:
+        while True:
+            found = choose()
+            left = [pair for pair in rests_on(found) if not self.costs.known(*pair)]
+            if not left:
+                return found
+            self._measure(left)
+
+    def _measure(self, pairs: Places) -> None:
+        for pair in self.items.ctx.progress(pairs, "sensitivity", len(pairs)):
+            self.costs.measure(*pair)
+
+    def fits(self, numbers: Sequence[int]) -> bool:
+        """Whether the choice stays within all budgets."""
+        return bool((self._used(numbers) <= self.limits).all())
+
+    def _used(self, numbers: Sequence[int]) -> npt.NDArray[np.float64]:
+        return np.sum([s[n] for s, n in zip(self.sizes, numbers, strict=True)], axis=0)
+
+    def _cost(self, numbers: Sequence[int]) -> float:
+        return float(sum(c[n] for c, n in zip(self.costs.table(), numbers, strict=True)))
+
+    def _knapsack(self) -> Assigned:
+        try:
+            found = solve.knapsack(self.costs.table(), self.sizes, self.limits)
+        except PassError:
+            self._refuse()
+            raise
+        return Assigned(found.choice, found.cost, found.gap)
+
+    def _refuse(self) -> None:
+        """Raise PassError, in the words of the budgets, if one alone is too small."""
+        least = np.sum([s.min(axis=0) for s in self.sizes], axis=0)
+        for budget, limit, bound in zip(self.budgets, self.limits, least, strict=True):
+            if bound > limit:
+                possible = bound / limit * budget.amount if budget.kind == "bits" else bound
+                raise PassError(
+                    f"budget {budget} is too small: the least possible is "
+                    f"{Budget(budget.kind, possible)}"
+                )
+
+    def _tolerated(self) -> Assigned:
+        self._refuse()
+        table = self.costs.table()
+        levels, _ = solve.descend(
+            [self.items.widths] * len(table),
+            lambda item, level: float(table[item][level]),
+            self.fits,
+        )
+        if not self.fits(levels):
+            raise PassError("no choice fits all of the budgets together; raise one of them")
+        return Assigned(tuple(levels), self._cost(levels))
+
+    def _bounds(self, found: Assigned) -> Places:
+        """What was accepted last and what was refused first, of each item."""
+        pairs: Places = []
+        for item, number in enumerate(found.numbers):
+            pairs += [(item, number)] if number else []  # the widest is not measured
+            if number + 1 < self.items.widths:
+                pairs.append((item, number + 1))
+        return pairs
+
+    def _filled(self, start: Assigned) -> Assigned:
+        """``start`` with what is left of the budgets spent where it wins most for its size."""
+        table, numbers = self.costs.table(), list(start.numbers)
+        while True:
+            best, step = 0.0, (-1, -1)
+            room = self.limits - self._used(numbers)
+            for item, now in enumerate(numbers):
+                for finer in range(now):
+                    more = self.sizes[item][finer] - self.sizes[item][now]
+                    won = table[item][now] - table[item][finer]
+                    rate = won / max(float((more / self.limits).max()), 1e-12)
+                    if (more <= room).all() and rate > best:
+                        best, step = rate, (item, finer)
+            if step[0] < 0:
+                return Assigned(tuple(numbers), self._cost(numbers))
+            numbers[step[0]] = step[1]
+
+    def _lowered(self) -> Assigned:
+        self._refuse()
+        table, numbers = self.costs.table(), [0] * len(self.items)
+        while not self.fits(numbers):
+            over = self._used(numbers) > self.limits
+            best, step = np.inf, -1
+            for item, now in enumerate(numbers):
+                if now + 1 == self.items.widths:
+                    continue
+                saved = (self.sizes[item][now] - self.sizes[item][now + 1]) / self.limits
+                lost = table[item][now + 1] - table[item][now]
+                rate = lost / max(float(saved[over].sum()), 1e-12)
+                if rate < best:
+                    best, step = rate, item
+            if step < 0:
+                raise PassError("no choice fits all of the budgets together; raise one of them")
+            numbers[step] += 1
+        return Assigned(tuple(numbers), self._cost(numbers))
