@@ -35,7 +35,7 @@ def test_a_granularity_and_a_state_are_those_of_the_fit(qcompile: Command) -> No
     assert "10 blocks, 8 layers, at most 1 in one" in layers.out  # two of them are Adds
     counts = [
         int(re.findall(r"(\d+) blocks", qcompile("blocks", MATTING, *words).out)[0])
-        for words in ([], ["--state", STATE])
+        for words in (["--granularity", "layer"], ["--granularity", "layer", "--state", STATE])
     ]
     assert counts[0] > counts[1]
 
