@@ -46,6 +46,8 @@ class CalibrateAffine(Pass):
 
     * ``gains``: ``layer`` (one ``g`` and ``t`` each, as in the paper), ``channel``, or ``none``:
       the control, ranges alone.
+    * ``temporal``, ``flow-weight``: ``none`` or ``flow``, the second term, and what it counts.
+    * ``frames``: the most frames in a row that a step goes through, of a model with a state.
     * ``steps``, ``batch``, ``rate``: steps of Adam, samples or runs of frames in each, and its rate
       for ``g``, ``t`` and the logarithm of ranges, falling to 0 along half a cosine.
     * ``samples``: how many calibration samples are used at most; an eighth of all (sequences, with

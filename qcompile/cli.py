@@ -16,7 +16,21 @@ import rich.progress
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
-from qcompile import __version__, compiler, contest, crash, explain, registry, report, selfcheck
+from qcompile import (
+    __version__,
+    blocks,
+    capture,
+    chart,
+    compiler,
+    contest,
+    crash,
+    explain,
+    ports,
+    registry,
+    report,
+    selfcheck,
+)
+from qcompile.blocks import Granularity
 from qcompile.errors import Bug, QCompileError, RequirementError
 from qcompile.options import Options, script
 
@@ -249,6 +263,37 @@ def diff_command(a: pathlib.Path, b: pathlib.Path, *, weights: bool = False) -> 
     for line in changed:
         _out.print(line, highlight=False, markup=False, soft_wrap=True)
     return 1 if changed else 0
+
+
+@app.command(name="blocks")
+def blocks_command(
+    model: str,
+    *,
+    state: str | None = None,
+    granularity: Granularity = "block",
+    out: Annotated[pathlib.Path | None, Parameter(name=("--out", "-o"))] = None,
+) -> None:
+    """List the blocks that reconstruct fits one after the other, and draw them.
+
+    Parameters
+    ----------
+    model
+        An .onnx file, or package.module:factory of a torch model.
+    state
+        As with compilation, INPUT=OUTPUT,...: what carries a state is in one block.
+    granularity
+        As of reconstruct.
+    out
+        A picture to write (.svg, .png, .pdf); needs qcompile[pictures].
+    """
+    captured = capture.capture(model)
+    pairs = {} if state is None else ports.parse_state(state)
+    ports.check_state(pairs, ports.inputs_of(captured), ports.outputs_of(captured))
+    parts = blocks.partition(captured, pairs, granularity)
+    chart.show(captured, parts, _out)
+    if out is not None:
+        chart.draw(captured, parts, out)
+        _out.print(f"wrote {out}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(name="passes")

@@ -162,24 +162,31 @@ class Quantized:
 
     def write(self) -> None:
         """Write the codes and ranges that were found into the model."""
+        shared: dict[Key, list[Layer]] = {}
         for layer in graph.layers(self.model):
-            if layer.weight.spec is None:
-                continue
+            if layer.weight.spec is not None:
+                shared.setdefault(self.key(layer), []).append(layer)
+        for key, layers in shared.items():
             # Read first: a fitted bias goes when other decisions are written.
-            bias, gain = self.bias(layer), self.gains.get(layer.name)
-            fitted = gain is not None or layer.name in self.biases or bool(spec.bias(layer.node))
-            if gain is not None or self.key(layer) in self.codes:
-                decisions.write_codes(self.model, [layer], self.codes_of(layer))
-            if gain is not None:
-                bias = self._fold(layer, gain, bias)
-            if fitted and bias is not None:
-                decisions.write_bias(self.model, layer, bias)
+            found = [(layer, self.bias(layer), self._is_fitted(layer)) for layer in layers]
+            if key in self.codes or any(layer.name in self.gains for layer in layers):
+                decisions.write_codes(self.model, layers, self.codes_of(layers[0]))
+            for layer, bias, fitted in found:
+                gain = self.gains.get(layer.name)
+                if gain is not None:
+                    bias = self._fold(layer, gain, bias)
+                if fitted and bias is not None:
+                    decisions.write_bias(self.model, layer, bias)
         for value in graph.values(self.model):
             found = graph.range_of(self.model, value)
             factor = self.factors.get(value.name or "", 1.0)
             if found is not None and factor != 1.0:
                 graph.set_range(self.model, value, found[0] * factor, found[1] * factor)
         graph.remove_dead(self.model)
+
+    def _is_fitted(self, layer: Layer) -> bool:
+        """Whether the bias of ``layer`` is another than in float."""
+        return layer.name in self.gains or layer.name in self.biases or bool(spec.bias(layer.node))
 
     def _fold(
         self, layer: Layer, gain: Gain, bias: npt.NDArray[Any] | None

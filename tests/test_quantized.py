@@ -118,7 +118,8 @@ def test_the_engine_rounds_as_simulation_does(target: Target, name: str, passes:
 def test_a_state_is_that_of_the_rounded_model(target: Target) -> None:
     model, data = fits.matting(3)
     fits.run(model, INT8, data, target)
-    assert min(margins(model, target, data.samples.sequence(0))) > 10  # some lie on ties
+    # A number on a tie moves all frames behind it; a clip without one is the same to its end.
+    assert max(min(margins(model, target, data.samples.sequence(n))) for n in range(4)) > 45
 
 
 SMALL = {

@@ -69,8 +69,8 @@ def test_the_error_of_a_network_on_other_data_is_less(
 @pytest.mark.parametrize("granularity", ["block", "layer"])
 def test_the_error_falls_as_bits_rise(granularity: str) -> None:
     found: list[float] = []
-    for bits in (2, 3, 4, 8):
-        model = fitted(RESIDUAL, f"steps=30 granularity={granularity}", bits=bits)
+    for bits in (2, 4, 8):
+        model = fitted(RESIDUAL, f"steps=20 granularity={granularity}", bits=bits)
         reference = graphs.graph(RESIDUAL)
         found.append(fits.noise(reference, model, fits.correlated(reference).judges))
     assert found == sorted(found, reverse=True) and found[0] > 10 * found[-1]
@@ -237,7 +237,10 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: 
 def test_without_torch_the_command_that_installs_it_is_said(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    def nothing(_: str) -> None:
+        return None
+
+    monkeypatch.setattr("importlib.util.find_spec", nothing)
     steps = pipeline.parse(f"calibrate,quantize,{name}", registry.passes())
     with pytest.raises(PassError, match=rf"{name} needs torch: pip install 'qcompile\[torch\]'"):
         pipeline.check(steps, [OrtCpu()])
@@ -276,16 +279,16 @@ def test_what_lies_in_padding_changes_nothing(passes: str) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_state_goes_through_the_frames(method: Method) -> None:
+def test_a_state_goes_through_the_frames() -> None:
     model, data = fits.matting(2)
-    reference = model.clone()
+    plain, reference = model.clone(), model.clone()
+    fits.run(plain, fits.FOUR, data)
     said: list[str] = []
-    options = f"method={method} steps=8 batch=1 rate=0.05 samples=6"
+    options = "method=brecq steps=4 batch=1 rate=0.05 samples=4"
     fits.run(model, f"{fits.FOUR},reconstruct{{{options}}}", data, said=said)
-    before, after = (float(x) for x in said[-1].split(": ")[1].split(" -> "))
-    assert after < before
-    assert fits.noise(reference, model, data.judges) < 1
+    assert len(said) == 17 and "dropped" not in said[-1]
+    one, other = (fits.noise(reference, m, data.judges) for m in (plain, model))
+    assert other < one
 
 
 # -- the weights of brecq -----------------------------------------------------------------------
@@ -316,14 +319,14 @@ class Killed(BaseException):
     """Ends a run as a signal does."""
 
 
-@pytest.mark.parametrize("behind", [1, 3])
 def test_a_killed_run_goes_on_at_its_block_and_ends_in_the_same_bytes(
-    behind: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    behind = 3
     monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "whole-states"))
     options: dict[str, Any] = {
         "calib": str(fashion.path(fashion.CALIBRATION)), "resume": True,
-        "passes": f"{fits.FOUR},reconstruct{{steps=4 samples=8 rate=0.1}},insert-qdq",
+        "passes": f"{fits.FOUR},reconstruct{{steps=3 samples=4 rate=0.1}},insert-qdq",
     }  # fmt: skip
     source = fashion.path(fashion.CNN)
     compiler.compile(source, tmp_path / "whole", **options)
