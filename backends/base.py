@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import pathlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,6 +25,11 @@ from qcompile.spec import TensorSpec
 
 if TYPE_CHECKING:
     from qcompile.calibrate import Calibration
+
+# On a node that keeps an activation to fewer levels than are stored: the bits of those levels.
+NOMINAL_BITS = "qcompile.nominal_bits"
+# Formats of activations that no kernel has: stored in 8 bits.
+NARROW = tuple(f"int{bits}" for bits in range(7, 1, -1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +81,12 @@ class Rounding:
     grid: Grid
     middle: float = 0.0
 
+    def alike(self, other: Rounding) -> bool:
+        """Whether both round to the same numbers."""
+        one, two = self.grid, other.grid
+        same = self.value == other.value and one.format == two.format
+        return same and np.allclose(one.scale, two.scale, rtol=1e-6, atol=0.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Roundings:
@@ -97,11 +109,14 @@ class Kernels:
     * ``activations``: the format of 8-bit activations.
     * ``widest``: the most bits of a weight that an int8 activation is multiplied with.
     * ``alone``: the bits that weights with a float input may be stored in, in blocks.
+    * ``clips_codes``: whether activations of fewer than 8 bits are kept to their levels as codes,
+      behind their QuantizeLinear, or as values in front of it.
     """
 
     activations: IntFormat = IntFormat(8, signed=False)  # noqa: RUF009 (frozen)
     widest: int = 8
     alone: tuple[int, ...] = (4, 8)
+    clips_codes: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +223,14 @@ class Target(abc.ABC):
 
     def notes(self, model: ir.Model, folder: pathlib.Path) -> list[str]:
         """What the user must know of what ``emit`` wrote of the lowered ``model``."""
-        return []
+        narrow = Counter(
+            bits for node in model.graph if (bits := node.metadata_props.get(NOMINAL_BITS))
+        )
+        return [
+            f"no kernel for {bits}-bit activations: {count} of them run as int8 with "
+            f"{1 << int(bits)} levels (nominal {bits}, stored 8 bits), no speed claimed"
+            for bits, count in sorted(narrow.items())
+        ]
 
     def __str__(self) -> str:
         return syntax.render(self.name, self)
@@ -229,6 +251,7 @@ class Lowering:
         self.weight_grids: dict[ir.Node, Grid] = {}
         self._pairs: dict[tuple[ir.Value, bytes], ir.Value] = {}
         self._grids: dict[ir.Value, Grid] = {}
+        self._entries: dict[ir.Node, ir.Value] = {}  # from the first node of a pair to its output
         self._uses: dict[tuple[str, int], Rounding] = {}
         self._values: dict[str, Rounding] = {}
         self._floats: set[str] = set()
@@ -412,25 +435,89 @@ class Lowering:
     def pair(self, value: ir.Value, grid: Grid) -> ir.Value:
         """``value`` through QuantizeLinear and DequantizeLinear on ``grid``; one pair a grid.
 
-        The scale has the type of ``value``, and the grid is that of the scale in that type.
+        The scale has the type of ``value``, and the grid is that of the scale in that type. Grids
+        of fewer than 8 bits, which no kernel has, are stored in 8: a Clip keeps the codes to them.
         """
         grid = decisions.in_type(grid, value.dtype)
-        key = (value, repr((grid.format, grid.scale.tobytes(), grid.zero_point.tobytes())).encode())
+        key = (value, _key(grid).encode())
         if key not in self._pairs:
             name = value.name or "value"
+            stored = self._stored(grid)
+            narrow, of_codes = stored is not grid, self.kernels.clips_codes
             scale = self._scale(f"{name}/scale", grid, value.dtype)
-            zero = self._zero_point(name, grid, grid.format)
-            kind = ir.Value(type=ir.TensorType(grid.format.dtype), shape=value.shape)
-            quantized = graph.insert(
-                self.model, "QuantizeLinear", [value, scale, zero],
-                output=f"{name}/quantized", behind=value, like=kind,
+            zero = self._zero_point(name, stored, stored.format)
+            entered = value
+            if narrow and not of_codes:
+                entered = self._clip(value, grid, value.dtype, grid.zero_point, grid.scale)
+            kind = ir.Value(type=ir.TensorType(stored.format.dtype), shape=value.shape)
+            codes = graph.insert(
+                self.model, "QuantizeLinear", [entered, scale, zero],
+                output=f"{name}/quantized", behind=entered, like=kind,
             )  # fmt: skip
+            first = (codes if entered is value else entered).producer()
+            if narrow and of_codes:
+                shift = grid.zero_point - stored.zero_point
+                codes = self._clip(codes, grid, stored.format.dtype, shift)
             self._pairs[key] = graph.insert(
-                self.model, "DequantizeLinear", [quantized, scale, zero],
-                output=f"{name}/dequantized", behind=quantized, like=value,
+                self.model, "DequantizeLinear", [codes, scale, zero],
+                output=f"{name}/dequantized", behind=codes, like=value,
             )  # fmt: skip
             self._grids[self._pairs[key]] = grid
+            assert first is not None
+            self._entries[first] = self._pairs[key]
         return self._pairs[key]
+
+    def _stored(self, grid: Grid) -> Grid:
+        """``grid`` with its codes as they are stored.
+
+        Codes that are clipped are the lowest ones, so that a ReLU is absorbed all the same. Where
+        values are, zero has code 0.
+        """
+        form = self.kernels.activations
+        if grid.format.bits >= form.bits:
+            return grid
+        lowest = grid.zero_point + (form.low - grid.format.low)
+        zero = lowest if self.kernels.clips_codes else np.zeros_like(grid.zero_point)
+        return dataclasses.replace(grid, format=form, zero_point=zero)
+
+    def _clip(
+        self,
+        value: ir.Value,
+        grid: Grid,
+        dtype: ir.DataType | None,
+        shift: numerics.Codes,
+        scale: float | numerics.Floats = 1,
+    ) -> ir.Value:
+        """``value`` kept to ``(q - shift) * scale`` of the codes ``q`` of ``grid``."""
+        kind = dtype or ir.DataType.FLOAT
+        bounds: list[ir.Value] = []
+        for what, end in (("lowest", grid.format.low), ("highest", grid.format.high)):
+            array: graph.Array = np.asarray((end - shift) * scale).astype(kind.numpy())
+            tensor = ir.Tensor(array, dtype=kind)
+            bounds.append(graph.add_constant(self.model, f"{value.name}/{what}", tensor))
+        clipped = graph.insert(
+            self.model, "Clip", [value, *bounds],
+            output=f"{value.name}/clipped", behind=value, like=value,
+        )  # fmt: skip
+        node = clipped.producer()
+        assert node is not None
+        node.metadata_props[NOMINAL_BITS] = str(grid.format.bits)
+        return clipped
+
+    def asked(self, value: ir.Value) -> list[Grid | None]:
+        """The different grids of the pairs through which ``value`` is read; None for other readers.
+
+        What only moves elements may stand in front of a pair.
+        """
+        found: dict[str, Grid | None] = {"": None} if value.is_graph_output() else {}
+        for node, _ in value.uses():
+            pair = self._entries.get(node)
+            if pair is None and node.op_type in MOVES:
+                grids = self.asked(node.outputs[0])
+            else:
+                grids = [None if pair is None else self._grids[pair]]
+            found |= {"" if grid is None else _key(grid): grid for grid in grids}
+        return list(found.values())
 
     def stands_for(
         self, new: ir.Value, old: ir.Value, middle: float = 0.0, factor: float = 1.0
@@ -460,10 +547,10 @@ class Lowering:
         if value.name:
             self._values[value.name] = self._rounding(value, grid)
         dequantized = self.pair(value, grid)
-        dequantize = dequantized.producer()
-        assert dequantize is not None and dequantize.inputs[0] is not None
-        quantize = dequantize.inputs[0].producer()
-        graph.redirect(self.model, value, dequantized, keep=lambda use: use.node is quantize)
+        graph.redirect(
+            self.model, value, dequantized,
+            keep=lambda use: self._entries.get(use.node) is dequantized,
+        )  # fmt: skip
 
     def finish(self, newest_opset: int) -> None:
         """Name the nodes for the proof, drop what decisions left, raise the opset if needed."""
@@ -489,10 +576,21 @@ class Lowering:
         return 19 if any(n.inputs[1] and halves.of(n.inputs[1].dtype) for n in pairs) else 0
 
 
-def affine(form: IntFormat, found: tuple[float, float]) -> Grid:
-    """The grid of ``form`` for a range; zero is its lowest code where nothing is negative."""
-    scale, zero = numerics.affine(*found, form, symmetric=False)
-    return Grid(form, scale, zero)
+def _key(grid: Grid) -> str:
+    """Equal for equal grids of an activation."""
+    return repr((grid.format, grid.scale.tobytes(), grid.zero_point.tobytes()))
+
+
+def affine(form: IntFormat, found: tuple[float, float], symmetric: bool = False) -> Grid:
+    """The grid of ``form`` for a range; zero is its lowest code where nothing is negative.
+
+    ``symmetric`` gives both signs as many codes, whatever the range: zero is the middle code.
+    """
+    if not symmetric:
+        return Grid(form, *numerics.affine(*found, form, symmetric=False))
+    signed = IntFormat(form.bits, signed=True)
+    scale, zero = numerics.affine(*found, signed, symmetric=True)
+    return Grid(form, scale, zero + (form.low - signed.low))
 
 
 def activation_range(model: ir.Model, value: ir.Value) -> tuple[float, float] | None:

@@ -14,7 +14,16 @@ import onnx_ir as ir
 
 from qcompile import execute, graph
 from qcompile.backends import ort_isa, ort_measure, ort_rules
-from qcompile.backends.base import Kernels, Ran, Rule, Target, float_in_file, together, why_float
+from qcompile.backends.base import (
+    NARROW,
+    Kernels,
+    Ran,
+    Rule,
+    Target,
+    float_in_file,
+    together,
+    why_float,
+)
 from qcompile.backends.ort_isa import Isa
 from qcompile.errors import TargetError
 
@@ -41,7 +50,8 @@ class OrtCpu(Target):
     Holds int8 activations (stored as uint8 with a zero point) with int2 to int8 weights (stored as
     int8, whatever the nominal bits), and int2 to int8 weights alone (stored in 4 or 8 bits). Linear
     layers take the scale of their input at run time where that is asked for. Narrower activations
-    have no kernel; int16 ones run in float between 16-bit Q/DQ pairs, for the accuracy alone.
+    have no kernel: they run as int8 with fewer levels; int16 ones run in float between 16-bit Q/DQ
+    pairs. Both are for the accuracy alone.
 
     * ``isa``: with VNNI weights keep 8 bits; ``avx2`` is x86 without it, where they have 7 beside a
       quantized input; on ``arm`` activations are signed. ``auto`` is this machine's. ``avx2`` and
@@ -52,7 +62,7 @@ class OrtCpu(Target):
 
     name: ClassVar[str] = "ort-cpu"
     weight_formats: ClassVar[tuple[str, ...]] = tuple(f"int{b}" for b in range(8, 1, -1))
-    input_formats: ClassVar[tuple[str, ...]] = ("int8", "int16")
+    input_formats: ClassVar[tuple[str, ...]] = ("int8", "int16", *NARROW)
     scales: ClassVar[tuple[str, ...]] = ("static", "tensor")
     dialect: ClassVar[tuple[Rule, ...]] = ort_rules.DIALECT
     newest_opset: ClassVar[int] = 25
@@ -110,7 +120,7 @@ class OrtCpu(Target):
 
     def notes(self, model: ir.Model, folder: pathlib.Path) -> list[str]:
         """What was not tested, and where another machine or release opened the file."""
-        found: list[str] = []
+        found = super().notes(model, folder)
         if self.isa in ort_isa.UNTESTED:
             found.append(f"isa={self.isa} is untested: no such device ran a file of ours")
         here = ort_isa.machine(), ort_isa.installed()

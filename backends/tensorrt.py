@@ -25,7 +25,16 @@ import onnx_ir as ir
 
 from qcompile import execute, graph, halves, ports, simulate
 from qcompile.backends import trt_build, trt_check, trt_device, trt_graph, trt_plan, trt_rules
-from qcompile.backends.base import Ran, Rule, Target, float_in_file, together, why_float
+from qcompile.backends.base import (
+    NARROW,
+    Kernels,
+    Ran,
+    Rule,
+    Target,
+    float_in_file,
+    together,
+    why_float,
+)
 from qcompile.errors import TargetError, nearest
 
 if TYPE_CHECKING:
@@ -39,7 +48,7 @@ class Engine(Target, abc.ABC):
     """What both have in common. ``capabilities`` is empty where the engine is portable."""
 
     weight_formats: ClassVar[tuple[str, ...]] = tuple(f"int{b}" for b in range(8, 1, -1))
-    input_formats: ClassVar[tuple[str, ...]] = ("int8",)
+    input_formats: ClassVar[tuple[str, ...]] = ("int8", *NARROW)
     dialect: ClassVar[tuple[Rule, ...]] = trt_rules.DIALECT
     newest_opset: ClassVar[int] = 25
     float_formats: ClassVar[tuple[str, ...]] = ("float16", "bfloat16")
@@ -66,6 +75,10 @@ class Engine(Target, abc.ABC):
         for capability in self.capabilities:
             if reason := trt_check.lacks(form, capability):
                 raise TargetError(f"{self} holds no {form} {what} (asked for by {where}): {reason}")
+
+    def kernels(self) -> Kernels:
+        # The builder clips no integers.
+        return Kernels(activations=trt_rules.INT8, clips_codes=False)
 
     def computed(self, model: ir.Model) -> ir.Model:
         return halves.rounded(model)
@@ -191,7 +204,8 @@ class Engine(Target, abc.ABC):
     def notes(self, model: ir.Model, folder: pathlib.Path) -> list[str]:
         count = len(trt_graph.behind(model, self.missing))
         tail = f"tail.onnx holds {count} of {len(model.graph)} nodes, to be run behind the engine"
-        return [f"{tail}: {self._missing(model)}"] if count else []
+        found = super().notes(model, folder)
+        return [*found, f"{tail}: {self._missing(model)}"] if count else found
 
     def _missing(self, model: ir.Model) -> str:
         """Which operators have no kernel, in the user's words."""

@@ -11,9 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile import decisions, graph, numerics
-from qcompile.backends.base import Lowering, activation_range, rules
+from qcompile.backends.base import Lowering, activation_range, affine, rules
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
+from qcompile.spec import TensorSpec
 
 TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 INT8 = IntFormat(8, signed=True)
@@ -109,6 +110,9 @@ def centre(low: Lowering) -> int:
         if layer.kind != "linear" or entered is None or entered.spec is None:
             continue
         found = activation_range(low.model, entered.value)
+        narrow = numerics.parse_format(entered.spec.format).bits < INT8.bits
+        if narrow or entered.spec.symmetric:  # one has no unused half, the other asks for it
+            continue
         if found is None or not _lopsided(*found) or not _bias_can_move(layer):
             continue
         x = entered.value
@@ -220,9 +224,19 @@ def weights(low: Lowering) -> int:
 def inputs(low: Lowering) -> int:
     """Give each quantized input a symmetric int8 grid: the larger end of its range over 127.
 
-    A Concat is quantized behind, so that what it joins has one scale; the builder moves it up.
+    Fewer bits are int8 behind a Clip of the values; so few levels lie anywhere about zero without a
+    zero point. A Concat is quantized behind, so that what it joins has one scale; the builder moves
+    it up.
     """
-    return low.store_inputs(lambda _, found: symmetric(*found))
+    return low.store_inputs(_grid)
+
+
+def _grid(decided: TensorSpec, found: tuple[float, float]) -> Grid:
+    """The grid of an activation."""
+    form = numerics.parse_format(decided.format)
+    if form.bits == INT8.bits:
+        return symmetric(*found)
+    return affine(IntFormat(form.bits, signed=False), found, decided.symmetric)
 
 
 def residual(low: Lowering) -> int:

@@ -43,6 +43,11 @@ class Quantize(Pass):
     * ``method``: how the range of each scale of a weight is searched; ``output`` weighs the error
       of each weight by the mean square of what it is multiplied with (as the clipping of AWQ, Lin
       et al., arXiv 2306.00978, does), which needs data.
+    * ``symmetric``: static grids of inputs have zero in their middle, as PTQ4VM (Zhu et al., arXiv
+      2506.10840) has them even behind a ReLU, where half of the codes are never used; it is there
+      to compare with. Without it, targets choose.
+    * ``ends``: a format for weight and input of the first and last layers: those that depend on no
+      other layer, and those on which none depends.
     * ``scale``: that of an input: ``static``, from its range, or ``dynamic``: taken from the tensor
       at run time, for linear layers; a Conv keeps a static one.
     * ``attention``: the format of both sides of a product of two activations.
@@ -69,6 +74,8 @@ class Quantize(Pass):
     granularity: Granularity = "channel"
     block: int = 32
     method: RangeMethod = "minmax"
+    symmetric: bool = False
+    ends: str = "as-others"
     scale: Scale = "static"
     attention: str = "float"
     embedding: str = "float"
@@ -80,6 +87,8 @@ class Quantize(Pass):
         for form in (self.weight, self.input, self.attention, self.embedding):
             if form != "float":
                 numerics.parse_format(form)
+        if self.ends != "as-others":
+            numerics.parse_format(self.ends)
         if self.block < 1:
             raise PassError(f"block must be at least 1, got {self.block}")
         if not 0 <= self.least < 5:
@@ -97,10 +106,14 @@ class Quantize(Pass):
         return self.method == "output" or self.least > 0
 
     def weight_formats(self) -> tuple[str, ...]:
-        return (self.weight, self.embedding)
+        return (self.weight, self.embedding, *self._of_ends(self.weight))
 
     def input_formats(self) -> tuple[str, ...]:
-        return (self.input, self.attention)
+        return (self.input, self.attention, *self._of_ends(self.input))
+
+    def _of_ends(self, others: str) -> tuple[str, ...]:
+        """The format of first and last layers, if it is another and these are quantized at all."""
+        return () if "float" in (others, self.weight) or self.ends == "as-others" else (self.ends,)
 
     def scales(self) -> tuple[str, ...]:
         return ("tensor",) if self.scale == "dynamic" else ()
@@ -112,8 +125,11 @@ class Quantize(Pass):
         weighted = [layer for layer in chosen if layer.kind in WEIGHTED]
         spared = self._spared(model, weighted, ctx)
         weighted = [layer for layer in weighted if layer.node not in spared]
+        ends = graph.ends(model, WEIGHTED) if self._of_ends(self.weight) else frozenset[ir.Node]()
         if self.weight != "float":
-            decide_weights(model, weighted, self, ctx)
+            last = dataclasses.replace(self, weight=self.ends) if ends else self
+            decide_weights(model, [x for x in weighted if x.node not in ends], self, ctx)
+            decide_weights(model, [x for x in weighted if x.node in ends], last, ctx)
         tables = [layer for layer in chosen if layer.kind == "embedding"]
         if self.embedding != "float":
             decide_weights(model, tables, self._for_tables(), ctx)
@@ -121,7 +137,8 @@ class Quantize(Pass):
         for layer in weighted:
             if layer.input is not None and self.input != "float":
                 dynamic = self.scale == "dynamic" and layer.kind == "linear"
-                decide_input(layer.input, self.input, dynamic)
+                form = self.ends if layer.node in ends else self.input
+                decide_input(layer.input, form, dynamic, self.symmetric)
                 inputs += 1
             elif layer.input is not None and self.weight != "float":
                 layer.input.decide(None)  # an earlier quantize may have decided it
@@ -175,16 +192,21 @@ def _shares(parts: Sequence[int]) -> list[float]:
     return [100 * part / whole for part in parts]
 
 
-def decide_input(use: graph.Use, form: str, dynamic: bool = False) -> None:
-    """Write the spec of an activation; raise PassError if it has no range for a static scale."""
+def decide_input(use: graph.Use, form: str, dynamic: bool = False, symmetric: bool = False) -> None:
+    """Write the spec of an activation.
+
+    Raises PassError if it has no range for a static scale, and for a dynamic one below 8 bits.
+    """
     if dynamic:
+        if numerics.parse_format(form).bits < 8:
+            raise PassError(f"scale=dynamic has 8 bits, not {form}: no kernel rounds to fewer")
         use.decide(TensorSpec(form, symmetric=False, scale_from="tensor"))
         return
     name = graph.range_name(use.value)
     if name is None:
         kind = "" if use.node.op_type != "Conv" else ": a Conv takes no scale at run time"
         raise PassError(f"{use.value.name!r} has no range; calibrate first{kind}")
-    use.decide(TensorSpec(form, symmetric=False, range=name))
+    use.decide(TensorSpec(form, symmetric=symmetric, range=name))
 
 
 def decide_weights(model: ir.Model, layers: list[Layer], how: Quantize, ctx: Context) -> None:

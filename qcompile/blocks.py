@@ -97,16 +97,11 @@ def _flow(model: ir.Model, state: Mapping[str, str]) -> nx.DiGraph[ir.Node]:
     flow: nx.DiGraph[ir.Node] = nx.DiGraph()
     giving = {v.producer() for v in model.graph.outputs if v.name in state.values()}
     for node in model.graph:
-        before = [p for p in map(ir.Value.producer, _read(node)) if p in flow]
+        before = [p for p in map(ir.Value.producer, graph.reads(node)) if p in flow]
         if before or graph.layer_of(node) is not None or node in giving:
             flow.add_node(node)
             flow.add_edges_from((p, node) for p in before if p is not None)
     return flow
-
-
-def _read(node: ir.Node) -> Iterator[ir.Value]:
-    for reader in (node, *graph.inside(node)):
-        yield from (value for value in reader.inputs if value is not None)
 
 
 def _size(nodes: Iterable[ir.Node]) -> int:
@@ -174,7 +169,7 @@ def _readers(model: ir.Model) -> Mapping[ir.Value, set[ir.Node]]:
     """The nodes of the main graph that read each value, themselves or in a body."""
     found: dict[ir.Value, set[ir.Node]] = {}
     for node in model.graph:
-        for value in _read(node):
+        for value in graph.reads(node):
             found.setdefault(value, set()).add(node)
     return found
 
@@ -231,7 +226,7 @@ def _block(
 ) -> Block:
     ordered = tuple(node for node in flow if node in nodes)
     inputs: dict[str, None] = {}
-    waiting = [value for node in reversed(ordered) for value in reversed(list(_read(node)))]
+    waiting = [value for node in reversed(ordered) for value in reversed(list(graph.reads(node)))]
     seen: set[ir.Value] = set()
     while waiting:
         value = waiting.pop()
@@ -242,7 +237,7 @@ def _block(
         if producer in flow or (value.is_graph_input() and value.graph is ordered[0].graph):
             inputs[value.name or ""] = None
         elif producer is not None and producer.graph is ordered[0].graph:  # depends on no layer
-            waiting += _read(producer)
+            waiting += graph.reads(producer)
     outputs = [
         value.name or ""
         for node in ordered

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -166,6 +166,38 @@ def layers(model: ir.Model) -> Iterator[Layer]:
         layer = layer_of(node)
         if layer is not None:
             yield layer
+
+
+def ends(model: ir.Model, kinds: Collection[str]) -> frozenset[ir.Node]:
+    """The first and last layers of ``kinds``: that depend on no other, or on which none depends."""
+    found = {layer.node for layer in layers(model) if layer.kind in kinds}
+    first = _unreached(model.graph, found, reads, lambda node: node.outputs)
+    last = _unreached(reversed(model.graph), found, lambda node: node.outputs, reads)
+    return frozenset(first + last)
+
+
+def _unreached(
+    nodes: Iterable[ir.Node],
+    found: Collection[ir.Node],
+    near: Callable[[ir.Node], Iterable[ir.Value]],
+    far: Callable[[ir.Node], Iterable[ir.Value]],
+) -> list[ir.Node]:
+    """Those of ``found`` to whose ``near`` values nothing of ``found`` leads, along ``nodes``."""
+    reached: set[ir.Value] = set()
+    free: list[ir.Node] = []
+    for node in nodes:
+        led = not reached.isdisjoint(near(node))
+        if node in found and not led:
+            free.append(node)
+        if node in found or led:
+            reached.update(far(node))
+    return free
+
+
+def reads(node: ir.Node) -> Iterator[ir.Value]:
+    """What ``node`` and the nodes in its bodies read."""
+    for reader in (node, *inside(node)):
+        yield from (value for value in reader.inputs if value is not None)
 
 
 def layer_of(node: ir.Node) -> Layer | None:

@@ -139,7 +139,7 @@ class Quantized:
         for place, found in self.roundings.uses.items():
             if place[0] in _names(block) and place not in at:
                 behind = self.roundings.values.get(self._read[place])
-                if behind is None or behind.value != found.value:
+                if behind is None or not behind.alike(found):
                     at[place] = self._activation(found, factors, spare)
         for layer in self.layers(block):
             gain = (gains or {}).get(layer.name) or self.gains.get(layer.name)

@@ -450,7 +450,76 @@ def test_4_bit_codes_raise_the_opset_to_the_first_that_has_them(tmp_path: pathli
     assert result.model.opset_imports[""] == 21
 
 
-@pytest.mark.parametrize("options", ["weight=uint8", "input=int4", "input=uint8"])
+NETWORK = """(float[N,8,8,8] x) => (float[N,4] y)
+<float[16,8,3,3] w, float[16] b, float[16,16,3,3] v, float[16,4] u> {
+    c = Conv<pads=[1,1,1,1]>(x, w, b)
+    r = Relu(c)
+    d = Conv<pads=[1,1,1,1]>(r, v)
+    s = Add(d, r)
+    p = GlobalAveragePool(s)
+    f = Flatten(p)
+    y = MatMul(f, u)
+}"""
+
+
+@pytest.mark.parametrize("isa", ["avx512-vnni", "arm"])
+def test_fewer_bits_of_activations_run_as_int8_with_fewer_levels_and_say_so(
+    tmp_path: pathlib.Path, isa: Isa
+) -> None:
+    target, ratios = OrtCpu(isa=isa), list[float]()
+    pictures = np.random.default_rng(7).normal(size=(64, 8, 8, 8)).astype(np.float32)
+    for bits in (8, 7, 6, 5, 4, 3, 2):
+        folder = tmp_path / str(bits)
+        passes = f"calibrate,quantize{{input=int{bits}}}"
+        result = lowering.lower(NETWORK, target, folder, passes)
+        assert {ran.precision for ran in result.proof.values()} == {"int8"}
+        notes = " ".join(target.notes(result.model, folder))
+        said = f"{1 << bits} levels (nominal {bits}, stored 8 bits), no speed claimed"
+        assert (said in notes) == (bits < 8)
+        wanted, simulated, ran = (
+            execute.Session(model, optimize=optimize).run({"x": pictures})["y"]
+            for model, optimize in (
+                (result.reference, False), (result.model, False), (folder / "model.onnx", True)
+            )
+        )  # fmt: skip
+        assert simulate.sqnr(simulated, ran) > 60, "the optimizer keeps the levels"
+        ratios.append(simulate.sqnr(wanted, ran))
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[0] > ratios[-1] + 20
+
+
+def test_the_levels_of_an_activation_are_as_many_as_its_bits_say(tmp_path: pathlib.Path) -> None:
+    for bits, symmetric in ((2, "false"), (3, "true"), (4, "false"), (4, "true"), (7, "false")):
+        passes = f"calibrate,quantize{{input=int{bits} symmetric={symmetric}}}"
+        model = lower(MATMUL, tmp_path, passes).model
+        [codes] = [v for n in model.graph if n.op_type == "Clip" for v in n.outputs]
+        model.graph.outputs.append(codes)
+        ramp = np.linspace(-9, 9, 4096, dtype=np.float32).reshape(-1, 32)
+        levels = np.unique(execute.execute(model, {"x": ramp})[codes.name or ""]).astype(int)
+        assert len(levels) == np.ptp(levels) + 1 == 1 << bits
+
+
+def test_torch_rounds_fewer_bits_as_the_target_does(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("torch")
+    from qcompile import blocks
+    from qcompile.prefix import Prefix
+    from qcompile.quantized import Quantized
+
+    for options in ("input=int4", "input=int4 ends=int8", "input=int4 symmetric=true"):
+        model = lowering.graph_of(NETWORK)
+        data = lowering.decide(model, f"calibrate,quantize{{{options}}}")
+        quantized = Quantized(model, OrtCpu())
+        whole = blocks.whole(model)
+        samples, _ = data.to_fit(4)
+        prefix = Prefix(quantized, [whole], samples)
+        prefix.leave(0, prefix.enter(0))
+        rounded = prefix.rounded.value("y", 0)
+        OrtCpu().lower(model)
+        simulated = execute.Session(model, optimize=False).run(samples[0])["y"]
+        assert simulate.sqnr(simulated, rounded) > 25, options
+
+
+@pytest.mark.parametrize("options", ["weight=uint8", "input=uint4", "input=uint8"])
 def test_formats_without_a_kernel_are_refused_before_the_data_is_read(
     tmp_path: pathlib.Path, options: str
 ) -> None:

@@ -283,6 +283,51 @@ def test_keep_float_leaves_8_bit_weights_alone_before_1_22() -> None:
 DYNAMIC = "simplify,quantize{scale=dynamic}"
 
 
+def test_inputs_that_are_symmetric_have_zero_in_the_middle_even_behind_a_relu() -> None:
+    for bits in (4, 8):
+        passes = f"simplify,calibrate,quantize{{input=int{bits} symmetric=true}}"
+        source = GEMM.replace("y = ", "r = Relu(x)\n y = ").replace("(x, w", "(r, w")
+        _, _, low = act(source, "inputs", passes)
+        [grid] = low.input_grids.values()
+        [layer] = low.layers
+        assert layer.input is not None
+        high = max(graph.constant(low.model.graph.initializers["r/range"]))
+        assert int(grid.zero_point) == 1 << (bits - 1)
+        np.testing.assert_allclose(grid.scale, high / ((1 << (bits - 1)) - 1), rtol=1e-6)
+
+
+def test_conv_output_that_narrow_inputs_alone_read_is_rounded_once() -> None:
+    source = """(float[N,8,8,8] x) => (float[N,8,8,8] y) <float[8,8,1,1] w, float[8,8,1,1] v> {
+        c = Conv(x, w)
+        m = Relu(c)
+        y = Conv(m, v)
+    }"""
+    _, _, low = act(source, "conv-output", "simplify,calibrate,quantize{input=int4}")
+    rounded = [n.inputs[0] for n in low.model.graph if n.op_type == "QuantizeLinear"]
+    assert sorted(str(value and value.name) for value in rounded) == ["m", "x", "y/inner"]
+    assert sum(n.op_type == "Clip" for n in low.model.graph) == 2
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 7])
+def test_conv_output_that_others_read_too_has_an_odd_number_of_steps(bits: int) -> None:
+    passes = f"simplify,calibrate,quantize{{input=int{bits}}}"
+    _, _, low = act(RESIDUAL, "conv-output", passes)
+    fine, coarse = (
+        next(
+            grid
+            for value in low.model.graph
+            for grid in [low.grid_of(value.outputs[0])]
+            if grid is not None and grid.format.bits == width and value.name
+            and (value.outputs[0].name or "").startswith("c/")
+        )
+        for width in (8, bits)
+    )  # fmt: skip
+    steps = float(coarse.scale / fine.scale)
+    assert steps % 2 == pytest.approx(1, abs=1e-4)
+    lowest = (np.arange(1 << bits) - int(coarse.zero_point)) * coarse.scale
+    np.testing.assert_allclose(fine.round_trip(lowest.astype(np.float32)), lowest, atol=1e-5)
+
+
 def test_dynamic_inputs_take_their_scale_from_the_tensor() -> None:
     count, changed, low = act(RANK_3.format(bias=4), "dynamic-inputs", DYNAMIC)
     assert count == 1

@@ -233,6 +233,36 @@ def test_error_falls_as_bits_rise() -> None:
     assert errors == sorted(errors, reverse=True)
 
 
+def test_ends_are_the_layers_before_and_behind_all_others() -> None:
+    source = """(float[2,8] x) => (float[2,8] y, float[2,8] z)
+    <float[8,8] w1, float[8,8] w2, float[8,8] w3, float[8,8] w4, float[8,8] w5> {
+        a = MatMul(x, w1)
+        b = Relu(x)
+        c = MatMul(b, w2)
+        d = Add(a, c)
+        e = MatMul(d, w3)
+        y = MatMul(e, w4)
+        z = MatMul(e, w5)
+    }"""
+    found = decisions(decided(source, Quantize(weight="int4", input="int5", ends="int8")))
+    narrow, wide = (
+        {0: f"{a} asymmetric", 1: f"{w} axis=1"} for a, w in (("int5", "int4"), ("int8", "int8"))
+    )
+    assert found == {"a": wide, "c": wide, "e": narrow, "y": wide, "z": wide}
+    alone = decisions(decided(source, Quantize(weight="int4", input="float", ends="int8")))
+    assert alone["e"] == {1: "int4 axis=1"} and alone["y"] == {1: "int8 axis=1"}
+
+
+def test_symmetric_inputs_are_decided_when_asked_for() -> None:
+    model = decided(CHAIN, Quantize(symmetric=True))
+    assert decisions(model)["y"] == {0: "int8", 1: "int8 axis=1"}
+
+
+def test_a_scale_at_run_time_has_eight_bits() -> None:
+    with pytest.raises(PassError, match="scale=dynamic has 8 bits, not int4"):
+        decided(CHAIN, Quantize(input="int4", scale="dynamic"))
+
+
 def test_weight_only_leaves_every_input_float() -> None:
     assert decisions(decided(CHAIN, Quantize(weight="int4", input="float"))) == {
         "h": {1: "int4 axis=1"},

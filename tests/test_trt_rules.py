@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import graphs
 import lowering
 import numpy as np
@@ -286,6 +288,31 @@ def test_inputs_of_both_sides_of_a_product_are_quantized() -> None:
 
 def test_inputs_leave_weight_only_layers() -> None:
     assert act(GEMM, "inputs", lowering.WEIGHT_ONLY)[:2] == (0, [])
+
+
+def test_inputs_of_fewer_bits_are_int8_behind_a_clip_about_a_zero_of_code_zero() -> None:
+    passes = "simplify,calibrate,quantize{input=int4}"
+    model = lowering.graph_of(BLOCK)
+    lowering.decide(model, passes)
+    reference, target = model.clone(), TensorRtRtx()
+    target.lower(model)
+    verify.verify(model)
+    kinds = lowering.operators(model)
+    assert [kinds[i + 1] for i, kind in enumerate(kinds) if kind == "Clip"] == 2 * [
+        "QuantizeLinear"
+    ]
+    for node in (n for n in model.graph if n.op_type == "QuantizeLinear"):
+        codes = node.outputs[0]
+        assert node.inputs[2] is not None and not graph.constant(node.inputs[2]).any()
+        assert codes.dtype == ir.DataType.INT8
+        model.graph.outputs.append(codes)
+    feeds = graphs.samples(reference, 8)
+    found = [execute.execute(model, sample) for sample in feeds]
+    for node in (n for n in model.graph if n.op_type == "QuantizeLinear"):
+        levels = np.unique([sample[node.outputs[0].name or ""] for sample in found]).astype(int)
+        clipped = node.inputs[0] is not None and (node.inputs[0].name or "").endswith("/clipped")
+        assert (np.ptp(levels) <= 15) == clipped
+    assert "no kernel for 4-bit activations: 2 of them" in target.notes(model, pathlib.Path())[0]
 
 
 CONCAT = """(float[N,16,8,8] x) => (float[N,16,8,8] y)
