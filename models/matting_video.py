@@ -334,14 +334,14 @@ def procedural_pictures(count: int = 4, side: int = 192) -> list[Pixels]:
 # -- data ---------------------------------------------------------------------------------------
 
 
-def labelled(split: Literal["calibration", "tuning", "judge"]) -> Iterator[Clip]:
+def labelled(split: Literal["calibration", "tuning", "judge"], draw: int = 0) -> Iterator[Clip]:
     """The clips of a split: 8 of 8 frames to calibrate, 8 of 12 to tune, and 16 of 12 to judge.
 
-    Raises what ``pictures`` raises.
+    Each ``draw`` is as many others of the same pictures. Raises what ``pictures`` raises.
     """
     found = pictures(split)
     count, frames = _LENGTHS[split]
-    for number in range(count):
+    for number in range(draw * count, (draw + 1) * count):
         yield clip((_SEEDS[split], number), found, frames)
 
 
