@@ -236,9 +236,8 @@ def measure(
                 worst = max(worst, ratio)
             for name in {"+ GAC", "+ GAC + OFA"} & made.keys():
                 samples, _ = seed.data.to_fit(1)
-                one, two = unfolded(made["reconstruct"], made[name], samples)
-                folded = min(folded, decibel(one, two))
-                nodes = max(nodes, sum(1 for _ in made[name].graph) - sum(1 for _ in decided.graph))
+                folded = min(folded, unfolded(made["reconstruct"], made[name], samples))
+                nodes = max(nodes, len(made[name].graph) - len(made[""].graph))
             if number == 0 and "+ GAC + OFA" in made and "+ GAC" in made:
                 control = AFFINE % (affine, " temporal=flow flow-weight=0")
                 alike = alphas(lowered(seed.run(made["reconstruct"], control)), clips[:1])
