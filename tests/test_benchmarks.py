@@ -41,7 +41,7 @@ def test_ptq4vm_quick_claims_hold(tmp_path: pathlib.Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     content = json.loads(result.read_text())
     assert {row["setting"] for row in content["rows"]} == {"float", "W8A8", "W4A4"}
-    assert len(content["rows"]) == 10
+    assert len(content["rows"]) == 12
     assert len(content["claims"]) == 6
     assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []
 

@@ -59,7 +59,7 @@ SETTINGS = {
     "quantize{weight=int4 input=int4 method=mse symmetric=true ends=int8}",
 }
 FIT = "reconstruct{{steps={0} batch=2 rate=0.1 range-rate=0.01 samples={1}}}"
-AFFINE = "calibrate-affine{{steps={0} batch=2 rate=0.01 samples={1}{2}}}"
+AFFINE = "calibrate-affine{{steps={0} batch=2 rate={1:g} samples={2}{3}}}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +74,9 @@ class Effort:
         """The pass."""
         return FIT.format(self.fit, self.samples)
 
-    def calibrate(self, options: str = "") -> str:
+    def calibrate(self, options: str = "", rate: float = 0.001) -> str:
         """The pass ``calibrate-affine``."""
-        return AFFINE.format(self.affine, self.samples, options and f" {options}")
+        return AFFINE.format(self.affine, rate, self.samples, options and f" {options}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,8 @@ def variants(effort: Effort) -> list[Variant]:
         Variant("nearest", "", "", tuple(SETTINGS)),
         Variant("gptq", "nearest", "gptq", narrow),
         Variant("gptaq", "nearest", "gptaq", narrow),
+        Variant("nearest + ranges alone", "nearest", affine("gains=none", 0.01), ("W4A4",)),
+        Variant("nearest + GAC", "nearest", affine("", 0.01), ("W4A4",)),
         Variant("reconstruct", "nearest", effort.reconstruct(), all_four),
         Variant("+ ranges alone", "reconstruct", affine("gains=none"), ("W4A4",)),
         Variant("+ GAC", "reconstruct", affine(), narrow),
@@ -247,7 +249,8 @@ def measure(
                 found = alphas(lowered(made[variant.name]), clips)
                 rows.append(Row(setting, variant.name, number, judged(found, clips, reference)))
                 pictures[f"{setting}, {variant.name}"] = found
-                print(f"seed {number}, {setting}, {variant.name}", file=sys.stderr)
+                said = {name: round(float(np.mean(v)), 2) for name, v in rows[-1].errors.items()}
+                print(f"seed {number}, {setting}, {variant.name}: {said}", file=sys.stderr)
             if "reconstruct" in made:
                 ratio = seed.lost_apart(made["reconstruct"]) / seed.lost_apart(made["nearest"])
                 worst = max(worst, ratio)
@@ -323,6 +326,7 @@ def table(rows: Sequence[Row]) -> Table:
 COMPARED = (
     ("W4A8", "reconstruct", "nearest"), ("W4A8", "reconstruct", "gptaq"),
     ("W4A8", "+ GAC", "reconstruct"), ("W4A4", "reconstruct", "nearest"),
+    ("W4A4", "nearest + GAC", "nearest"), ("W4A4", "nearest + GAC", "nearest + ranges alone"),
     ("W4A4", "reconstruct", "gptaq"), ("W4A4", "+ ranges alone", "reconstruct"),
     ("W4A4", "+ GAC", "reconstruct"), ("W4A4", "+ GAC", "+ ranges alone"),
     ("W4A4", "+ GAC + OFA", "+ GAC"), ("W4A4", "+ gains a channel", "+ GAC"),
