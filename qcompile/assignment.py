@@ -339,8 +339,9 @@ class Costs:
     def table(self) -> list[npt.NDArray[np.float64]]:
         """All costs, measured or guessed, made to fall with the width (see ``solve.envelope``).
 
-        Noise below zero says how large noise is: costs below it are told apart by the law of
-        rounding noise, a factor of 4 a bit, or a solver would take the fewest bits of the luckiest.
+        Costs below zero say how large noise is: those within it are told apart by the law of
+        rounding noise alone, a factor of 4 a bit, or a solver would take the fewest bits of the
+        luckiest.
         """
         rows = [
             np.array([self.guess(item, number) for number in range(len(choices))])
@@ -351,7 +352,8 @@ class Costs:
         widths = self.items.widths
         for choices, row in zip(self.items.choices, rows, strict=True):
             bits = np.array([choice.bits for choice in choices], np.float64)
-            row = np.maximum(row, noise * 4.0 ** (bits.min() - bits)) if noise > 0 else row
+            law = noise * 4.0 ** (bits.min() - bits)
+            row = np.where(row <= noise, law, row) if noise > 0 else row
             plain = solve.envelope(row[:widths][::-1])[::-1]
             found.append(np.concatenate([plain, row[widths:]]))
         return found
