@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
 from qcompile import factors, graph, sensitivity
 from qcompile.assignment import Assigned, Assigner, Budget, Costs, Items, Pairs
+from qcompile.calibrate import content_keys
 from qcompile.errors import PassError
 from qcompile.factors import Weigh
 from qcompile.numerics import RangeMethod
@@ -44,7 +46,7 @@ class AssignBits(Pass):
       tolerance that fits; ``greedy``: widths fall one at a time where least is lost.
     * ``factors``: widths of the two factors of products of low rank, which ``mlorq`` considers
       beside the widths (linear layers and 1x1 Convs); ``none`` leaves them out.
-    * ``weigh``: what errors count for in these factors, as in low-rank.
+    * ``weigh``: what errors count for in these factors, as in low-rank; ``hessian`` is the paper's.
     * ``metric``: ``nsr``, ``mse``, ``kl`` or ``module:callable`` (see ``sensitivity``).
     * ``table``: ``lazy`` measures what the choice rests on and guesses the rest from the error of
       the layer; ``full`` measures every width of every layer.
@@ -66,7 +68,7 @@ class AssignBits(Pass):
     choices: tuple[int, ...] = (2, 3, 4, 6, 8)
     method: Literal["mlorq", "fmpq", "greedy"] = "mlorq"
     factors: tuple[int, ...] | None = None
-    weigh: Weigh = "hessian"
+    weigh: Weigh = "input"
     metric: str = "nsr"
     table: Literal["lazy", "full"] = "lazy"
     samples: int = 16
@@ -109,41 +111,59 @@ class AssignBits(Pass):
         layers = [c for c in chosen if c.node not in excluded and c.kind in WEIGHTED]
         if not layers:
             return {"layers": 0}
-        how = Quantize("int8", "float", self.granularity, self.block, self.range)
-        pairs = Pairs(self.factors, self.weigh) if self.factors else None
-        items = Items(model, layers, self.choices, how, ctx, pairs)
-        costs = Costs(items, self._measured(model, ctx))
+        names = [layer.name for layer in layers]
+        key = self._key(model, names, ctx)
+        costs = ctx.data().once(key, lambda: self._costs(model, names, ctx)).anew()
+        before = costs.sensitivity.passes
         assigner = Assigner(costs, [Budget.parse(b) for b in self.budget], self.table == "full")
         found: Assigned = getattr(assigner, self.method)()
-        self._decide(model, items, found, how, ctx)
-        return self._stats(items, costs, found)
+        self._decide(model, costs.items, found, ctx)
+        return self._stats(costs, found, costs.sensitivity.passes - before)
 
-    def _measured(self, model: ir.Model, ctx: Context) -> sensitivity.Sensitivity:
+    def _key(self, model: ir.Model, names: Sequence[str], ctx: Context) -> str:
+        """All that costs depend on."""
+        values = content_keys(model, ctx.data().state)
+        outputs = [values[value.name or ""] for value in model.graph.outputs]
+        free: dict[str, Any] = {"budget": ("bits=8",), "table": "lazy", "input": "float"}
+        if not self.factors:
+            free["method"] = "mlorq"
+        return f"{dataclasses.replace(self, **free)} {outputs} {names} {ctx.seed}"
+
+    def _costs(self, model: ir.Model, names: Sequence[str], ctx: Context) -> Costs:
+        kept = model.clone()
+        layers = [layer for layer in graph.layers(kept) if layer.name in set(names)]
+        pairs = Pairs(self.factors, self.weigh) if self.factors else None
+        items = Items(kept, layers, self.choices, self._how(), ctx, pairs)
         samples = ctx.data().samples.some(self.samples)
-        return sensitivity.Sensitivity(model, samples, sensitivity.metric(self.metric))
+        metric = sensitivity.metric(self.metric)
+        return Costs(items, sensitivity.Sensitivity(kept, samples, metric))
 
-    def _decide(
-        self, model: ir.Model, items: Items, found: Assigned, how: Quantize, ctx: Context
-    ) -> None:
+    def _how(self) -> Quantize:
+        return Quantize("int8", "float", self.granularity, self.block, self.range)
+
+    def _decide(self, model: ir.Model, items: Items, found: Assigned, ctx: Context) -> None:
         by_width: dict[int, list[graph.Layer]] = {}
+        here = {layer.name: layer for layer in graph.layers(model)}
         for item, number in enumerate(found.numbers):
             choice = items.choices[item][number]
             ctx.log(f"  {items.name(item)}: {choice}")
-            by_width.setdefault(choice.bits, []).extend(items.readers[item])
+            layers = [here[layer.name] for layer in items.readers[item]]
+            by_width.setdefault(choice.bits, []).extend(layers)
             if choice.rank:
-                [layer] = items.readers[item]
-                inner = factors.split(model, layer, items.factors[item].cut(choice.rank))
+                inner = factors.split(model, layers[0], items.factors[item].cut(choice.rank))
                 by_width.setdefault(choice.inner, []).append(inner)
-        graph.remove_dead(model)
         for bits, layers in sorted(by_width.items()):
-            decide_weights(model, layers, dataclasses.replace(how, weight=f"int{bits}"), ctx)
+            how = dataclasses.replace(self._how(), weight=f"int{bits}")
+            decide_weights(model, layers, how, ctx)
             for layer in layers:
                 if layer.input is not None and self.input != "float":
                     decide_input(layer.input, self.input)
                 elif layer.input is not None:
                     layer.input.decide(None)
+        graph.remove_dead(model)
 
-    def _stats(self, items: Items, costs: Costs, found: Assigned) -> Stats:
+    def _stats(self, costs: Costs, found: Assigned, passes: float) -> Stats:
+        items = costs.items
         chosen = [items.choices[item][number] for item, number in enumerate(found.numbers)]
         sizes = [items.size(item, choice) for item, choice in enumerate(chosen)]
         count = sum(math.prod(items.shape(item)) for item in range(len(items)))
@@ -154,6 +174,6 @@ class AssignBits(Pass):
             "stored bytes": int(sum(size.stored for size in sizes)),
             "cost": float(f"{found.cost:.4g}"),
             "gap": float(f"{found.gap:.2g}"),
-            "forward passes": round(costs.sensitivity.passes, 1),
+            "forward passes": round(passes, 1),
             "of a whole table of": sum(map(len, items.choices)),
         }

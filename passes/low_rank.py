@@ -26,7 +26,8 @@ class LowRank(Pass):
     * ``rank``: of each layer, at most the smaller side of its weight; 0 to take ``share``.
     * ``share``: of the multiplications of the layer that the two of them take, above 0.
     * ``weigh``: what errors of the weight count for: ``hessian`` by output channel, which needs
-      torch, ``input`` by the power of what each input channel is multiplied with, or ``none``.
+      torch, ``input`` by the power of what each input channel is multiplied with, ``both``, or
+      ``none``.
     * ``include``, ``exclude``: globs over the names and operator types of layers.
     """
 

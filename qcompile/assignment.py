@@ -107,9 +107,10 @@ class Pairs:
 class Items:
     """The weights of ``layers``, those that layers share once, and what each may become.
 
-    ``how`` decides ranges and granularity; ``bits`` are the widths, which come first among the
-    choices of an item, falling. Then come the products of ``pairs``, those that no other choice
-    beats in local loss and size; a weight that several layers read has none.
+    ``model`` must stay as it is. ``how`` decides ranges and granularity; ``bits`` are the widths,
+    which come first among the choices of an item, falling. Then come the products of ``pairs``,
+    those that no other choice beats in local loss and size; a weight that several layers read has
+    none.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Items:
         self._decided: dict[int, tuple[ir.Model, dict[str, Layer]]] = {}
         self._powers: dict[str, Floats] | None = None
         self.factors: dict[int, Factors] = {}
+        self._losses: dict[tuple[int, Choice], float] = {}
         if pairs is not None and pairs.bits:
             self._factorize(pairs)
 
@@ -171,8 +173,14 @@ class Items:
         return size_of(self.shape(item), decided)
 
     def loss(self, item: int, choice: Choice) -> float:
-        """The mean squared error of the weight, each weighed by the power of what it multiplies."""
+        """The mean squared error of the weight, weighed by what its elements count for.
+
+        That is the power of what they are multiplied with; for a layer that has products of low
+        rank, the weights of its factors.
+        """
         layer = self.readers[item][0]
+        if item in self.factors:
+            return self._losses[item, choice] if choice.rank else self._loss(item, choice)
         if self._powers is None:
             firsts = [readers[0] for readers in self.readers]
             self._powers = powers(self.model, firsts, self.ctx)
@@ -215,32 +223,32 @@ class Items:
         """The products that no width and no other product beats; a front for each pair."""
         whole, found = self.factors[item], list[Choice]()
         widths = self.choices[item][: self.widths]
-        spread = whole.left[:, None] * whole.right
-        plain = [
-            float(np.mean((spread * (matrix - self._matrix(item, choice))) ** 2))
-            for choice in widths
-        ]
+        plain = [self._loss(item, choice) for choice in widths]
         sizes = [self.size(item, choice).bits for choice in widths]
         for bits, inner in itertools.product(sorted(pairs.bits), repeat=2):
             a = self._grid(whole.a, bits).round_trip(whole.a.astype(np.float32))
             b = self._grid(whole.b, inner).round_trip(whole.b.astype(np.float32))
-            losses = losses_by_rank(matrix, a, b, whole.left, whole.right)
-            ranks = np.arange(1, len(losses) + 1)
-            taken = ranks * (matrix.shape[0] * bits + matrix.shape[1] * inner)
-            kept = [
-                int(rank)
-                for rank, loss, size in zip(ranks, losses, taken, strict=True)
-                if rank > 1  # as the paper
-                and size < 8 * matrix.size
-                and not any(p <= loss and s <= size for p, s in zip(plain, sizes, strict=True))
-            ]
+            losses: npt.NDArray[np.float64] = losses_by_rank(matrix, a, b, whole.left, whole.right)
+            taken = np.arange(1, len(losses) + 1) * (
+                matrix.shape[0] * bits + matrix.shape[1] * inner
+            )
+            kept: list[int] = []
+            for rank in range(2, len(losses) + 1):  # not 1, as the paper
+                loss, size = losses[rank - 1], taken[rank - 1]
+                beaten = any(p <= loss and s <= size for p, s in zip(plain, sizes, strict=True))
+                if size < 8 * matrix.size and not beaten:
+                    kept.append(rank)
             evenly = np.linspace(0, len(kept) - 1, min(len(kept), pairs.most))
-            found += [Choice(bits, kept[round(place)], inner) for place in evenly]
+            for rank in (kept[round(place)] for place in evenly):
+                found.append(Choice(bits, rank, inner))
+                self._losses[item, found[-1]] = float(losses[rank - 1])
         return found
 
-    def _matrix(self, item: int, choice: Choice) -> npt.NDArray[np.float64]:
-        layer = self.readers[item][0]
-        return patches.to_matrix(layer, self.rounded(item, choice))[0].astype(np.float64)
+    def _loss(self, item: int, choice: Choice) -> float:
+        layer, whole = self.readers[item][0], self.factors[item]
+        rounded = patches.to_matrix(layer, self.rounded(item, choice))[0]
+        error = factors.matrix(layer) - rounded
+        return float(np.mean((whole.left[:, None] * error * whole.right) ** 2))
 
 
 def losses_by_rank(
@@ -268,21 +276,30 @@ class Costs:
 
     A guess is linear in the local loss between the nearest that are measured, on a double
     logarithmic scale, and proportional to it beyond them: noise at the output is to first order
-    proportional to noise in the layer.
+    proportional to noise in the layer. Guesses rest on what was asked for here, so that a choice
+    does not depend on what others have measured before; no cost is measured twice.
     """
 
     def __init__(self, items: Items, sensitivity: Sensitivity) -> None:
         self.items, self.sensitivity = items, sensitivity
+        self._measured: dict[tuple[int, int], float] = {}
         self._known: dict[int, dict[int, float]] = {}
         self._losses: dict[tuple[int, int], float] = {}
 
     def measure(self, item: int, number: int) -> float:
         """The cost of choice ``number`` of ``item``."""
-        known = self._known.setdefault(item, {})
-        if number not in known:
+        if (item, number) not in self._measured:
             weight = self.items.rounded(item, self.items.choices[item][number])
-            known[number] = self.sensitivity.cost(self.items.readers[item], weight)
-        return known[number]
+            cost = self.sensitivity.cost(self.items.readers[item], weight)
+            self._measured[item, number] = cost
+        self._known.setdefault(item, {})[number] = self._measured[item, number]
+        return self._measured[item, number]
+
+    def anew(self) -> Costs:
+        """These costs, with nothing asked for yet."""
+        made = Costs(self.items, self.sensitivity)
+        made._measured, made._losses = self._measured, self._losses
+        return made
 
     def known(self, item: int, number: int) -> bool:
         """Whether the cost of choice ``number`` of ``item`` is measured."""
@@ -322,8 +339,9 @@ class Costs:
     def table(self) -> list[npt.NDArray[np.float64]]:
         """All costs, measured or guessed, made to fall with the width (see ``solve.envelope``).
 
-        Noise below zero says how large noise is: costs below it are told apart by the law of
-        rounding noise, a factor of 4 a bit, or a solver would take the fewest bits of the luckiest.
+        Costs below zero say how large noise is: those within it are told apart by the law of
+        rounding noise alone, a factor of 4 a bit, or a solver would take the fewest bits of the
+        luckiest.
         """
         rows = [
             np.array([self.guess(item, number) for number in range(len(choices))])
@@ -334,7 +352,8 @@ class Costs:
         widths = self.items.widths
         for choices, row in zip(self.items.choices, rows, strict=True):
             bits = np.array([choice.bits for choice in choices], np.float64)
-            row = np.maximum(row, noise * 4.0 ** (bits.min() - bits)) if noise > 0 else row
+            law = noise * 4.0 ** (bits.min() - bits)
+            row = np.where(row <= noise, law, row) if noise > 0 else row
             plain = solve.envelope(row[:widths][::-1])[::-1]
             found.append(np.concatenate([plain, row[widths:]]))
         return found

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from qcompile.sequences import Sample, Samples, State
 from qcompile.sources import Data
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 Observer = Literal["minmax", "histogram", "moments"]
 
 # At most this many sequences are kept to judge, and at most a fifth of all.
@@ -135,6 +136,7 @@ class Calibration:
         self._progress = progress
         self._cache: dict[tuple[str, str], Statistic] = {}
         self._grams: dict[tuple[str, str], Gram] = {}
+        self._once: dict[str, Any] = {}
 
     @property
     def state(self) -> State:
@@ -154,6 +156,12 @@ class Calibration:
         kept = self.samples.sequences // 8 or min(1, self.samples.sequences - 1)
         fit, apart = self.samples.split(kept)
         return fit.some(most), (apart if kept else fit).some(APART)
+
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """What ``make`` makes, made once for each ``key``, which says all that it depends on."""
+        if key not in self._once:
+            self._once[key] = make()
+        return cast("T", self._once[key])
 
     def stats(
         self,

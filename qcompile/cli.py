@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, NoReturn
 
 import rich.progress
@@ -25,6 +25,7 @@ from qcompile import (
     contest,
     crash,
     explain,
+    pareto,
     ports,
     registry,
     report,
@@ -185,8 +186,12 @@ def _show(results: Iterable[compiler.Compiled], verbose: bool) -> None:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
+    _written(path, lambda: path.write_text(text))
+
+
+def _written(path: pathlib.Path, write: Callable[[], object]) -> None:
     try:
-        path.write_text(text)
+        write()
     except OSError as error:
         raise QCompileError(f"cannot write {str(path)!r}: {error.strerror}") from error
     _out.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
@@ -244,6 +249,57 @@ def bench_command(
     contest.show(found, _out)
     if json is not None:
         _write(json, found.to_json())
+
+
+@app.command(name="pareto")
+def pareto_command(
+    model: str,
+    *,
+    calib: str,
+    budgets: str = pareto.BUDGETS,
+    passes: str = pareto.PASSES,
+    target: str = "ort-cpu",
+    out: Annotated[pathlib.Path | None, Parameter(alias="-o")] = None,
+    preprocess: str | None = None,
+    state: str | None = None,
+    mask: str | None = None,
+    shape: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    tokenizer: str | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
+    jobs: int = 1,
+) -> None:
+    """Show what a model loses under many budgets, each with the pipeline that makes it.
+
+    Parameters
+    ----------
+    model
+        As for compiling.
+    calib
+        Calibration data, as for compiling; a part is kept apart to judge.
+    budgets
+        Budgets of assign-bits: bits=3,3.5,4 or size=2MB,3MB, or both kinds, one after the other.
+    passes
+        A pipeline with one assign-bits, whose budget is replaced.
+    target
+        Target text.
+    out
+        A file to write: .html (picture, table and pipelines), .png, or .json.
+    preprocess, state, mask, shape, tokenizer, tokens, seed, jobs
+        As for compiling.
+    """
+    wanted = pareto.budgets(budgets)
+    if out is not None:
+        pareto.check_ending(out)
+    options = Options(
+        passes=passes, targets=(target,), calib=calib, preprocess=preprocess, state=state,
+        mask=mask, shape=shape, tokenizer=tokenizer, tokens=tokens, seed=seed, jobs=jobs,
+        log=_log, progress=_progress,
+    )  # fmt: skip
+    front = pareto.run(model, options, wanted)
+    pareto.show(front, _out)
+    if out is not None:
+        _written(out, lambda: pareto.write(front, out))
 
 
 @app.command(name="diff")

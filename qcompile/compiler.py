@@ -157,13 +157,7 @@ class Compiler:
         folders.check(out)
         if self.options.snapshots is not None:
             folders.check_writable(self.options.snapshots)
-        model = capture.capture(source, self.options.requantize)
-        ports.choose_shapes(model, self.options.shape)
-        image = self._fold(model)
-        calibration = self._calibration(model, image)
-        if calibration is not None:
-            execute.survive(model, calibration.samples[0])
-            execute.complete_types(model, calibration.samples[0])
+        model, image, calibration = self.opened(source)
         reference = model.clone()
         self._known = verify.findings(model)
         self._findings = [f"the model as captured: {f}" for f in self._known]
@@ -194,6 +188,17 @@ class Compiler:
                 results.append(dataclasses.replace(done, folder=out / place.relative_to(folder)))
         self._require(results)
         return results
+
+    def opened(self, source: Any) -> tuple[ir.Model, Image | None, Calibration | None]:
+        """The model as captured, the preprocessing left outside of it, and calibration data."""
+        model = capture.capture(source, self.options.requantize)
+        ports.choose_shapes(model, self.options.shape)
+        image = self._fold(model)
+        calibration = self._calibration(model, image)
+        if calibration is not None:
+            execute.survive(model, calibration.samples[0])
+            execute.complete_types(model, calibration.samples[0])
+        return model, image, calibration
 
     def _through(
         self,

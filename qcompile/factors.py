@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qcompile.pipeline import Context
 
 Doubles = npt.NDArray[np.float64]
-Weigh = Literal["hessian", "input", "none"]
+Weigh = Literal["hessian", "input", "both", "none"]
 
 # Samples and draws of the Hessian: the paper's 32 images, with a tenth of its 100 draws, at which
 # it may stop.
@@ -111,17 +111,17 @@ def weights(
 ) -> dict[str, tuple[Doubles, Doubles]]:
     """``left`` [N] and ``right`` [K] of each layer, by name; all ones where they do not weigh.
 
-    Raises PassError if ``hessian`` is asked for and torch cannot run the model.
+    Raises PassError if the Hessian is asked for and torch cannot run the model.
     """
     shapes = {layer.name: matrix(layer).shape for layer in layers}
     found = {name: (np.ones(n), np.ones(k)) for name, (n, k) in shapes.items()}
-    if weigh == "hessian":
+    if weigh in ("hessian", "both"):
         for name, rows in hessian(model, layers, ctx).items():
             # Rows that nothing depends on keep a weight, or they could not be divided by it.
             left = np.sqrt(rows)
             left = np.maximum(left / max(float(left.max()), 1e-300), 1e-4)
             found[name] = left, found[name][1]
-    elif weigh == "input":
+    if weigh in ("input", "both"):
         axes = {
             layer.input.value.name or "": noise.channel_axis(layer)
             for layer in layers

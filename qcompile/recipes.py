@@ -30,7 +30,7 @@ MEANINGS = {
     "fp16": "half floats where nothing overflows: the safe fallback",
     "int8": "8-bit weights and activations: the default, accurate and fast",
     "int8-fast": "8 bits with fewer rotations: less accurate, faster",
-    "int8-best": "8 bits with more rotations, layers fitted in order: slower to make and run (torch)",
+    "int8-best": "8 bits with more rotations, layers fitted in order (torch): slower",
     "int8-dynamic": "8 bits with scales taken at run time for linear layers: needs no data",
     "int8-fp16": "8 bits beside half floats, for TensorRT",
     "int4": "4-bit weights in blocks of 32, activations in float, tables in 8 bits",
