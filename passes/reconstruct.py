@@ -45,7 +45,7 @@ class Reconstruct(Pass):
     * ``granularity``: ``block`` (residual blocks, modules: see ``qcompile.blocks``) or ``layer``.
     * ``steps``, ``batch``: steps for each block, and samples in each step.
     * ``rate``, ``range-rate``: of Adam, for ``V`` and for ``f``.
-    * ``decide``: what undecided ``h`` cost beside the relative error, in the last 80 % of the steps.
+    * ``decide``: what undecided ``h`` cost beside the relative error, in the last 80 % of steps.
     * ``samples``: how many calibration samples are used at most; an eighth of all (sequences, with
       a state) is kept apart. A block whose fit makes it worse on those keeps what it had, and all
       do if the outputs of the whole model get worse there.
