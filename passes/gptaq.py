@@ -169,8 +169,10 @@ class Seen:
         )  # fmt: skip
 
     def __add__(self, other: Seen) -> Seen:
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Seen(*(one + two for one, two in pairs))
+        return Seen(
+            self.cross + other.cross, self.square + other.square,
+            self.wanted + other.wanted, self.found + other.found, self.rows + other.rows,
+        )  # fmt: skip
 
     def means(self) -> tuple[Doubles, Doubles]:
         """Of ``F`` and of ``X`` [groups, K]."""

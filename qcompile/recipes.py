@@ -17,12 +17,12 @@ RECIPES = {
     "int8": _FRONT + "smooth-hadamard{block=32}" + _FITTED,
     "int8-fast": _FRONT + "smooth-hadamard{block=32 max-cost=1.5}" + _FITTED,
     "int8-best": _FRONT + "smooth-hadamard{max-cost=15},"
-    f"{_RANGES},gptq{{samples=256 rows=256}},bias-correct{{samples=256 rows=256}},insert-qdq",
+    f"{_RANGES},gptaq{{damping=0.01}},insert-qdq",
     "int8-dynamic": _FRONT + "quantize{scale=dynamic},insert-qdq",
     "int8-fp16": _FRONT + "calibrate,quantize,gptq,cast-half,insert-qdq",
     "int4": _FRONT + _FOUR + ",gptq{damping=0.1},insert-qdq",
     "int4-best": _FRONT + "equalize{weight=int4 input=float block=32},"
-    + _FOUR + ",gptq{damping=0.1 samples=256 rows=256},insert-qdq",
+    + _FOUR + ",gptaq{samples=256 rows=256},insert-qdq",
 }  # fmt: skip
 
 # What each is for.
@@ -30,11 +30,11 @@ MEANINGS = {
     "fp16": "half floats where nothing overflows: the safe fallback",
     "int8": "8-bit weights and activations: the default, accurate and fast",
     "int8-fast": "8 bits with fewer rotations: less accurate, faster",
-    "int8-best": "8 bits with more rotations, fitted on more data: slower to make, and to run",
+    "int8-best": "8 bits with more rotations, layers fitted in order: slower to make and run (torch)",
     "int8-dynamic": "8 bits with scales taken at run time for linear layers: needs no data",
     "int8-fp16": "8 bits beside half floats, for TensorRT",
     "int4": "4-bit weights in blocks of 32, activations in float, tables in 8 bits",
-    "int4-best": "4-bit weights, channels equalized and fitted on more data",
+    "int4-best": "4-bit weights, channels equalized, layers fitted in order on more data (torch)",
 }
 
 

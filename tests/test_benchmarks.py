@@ -7,6 +7,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent
 
 
@@ -28,6 +30,19 @@ def test_int4_quick_claims_hold(tmp_path: pathlib.Path) -> None:
     assert {(row["work"], row["target"]) for row in content["rows"]} == {
         ("ViT", "ort-cpu"), ("ViT", "tensorrt-rtx")
     }  # fmt: skip
+    assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []
+
+
+def test_ptq4vm_quick_claims_hold(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("skimage")
+    pytest.importorskip("cv2")
+    script, result = ROOT / "benchmarks" / "ptq4vm.py", tmp_path / "ptq4vm.json"
+    command = [sys.executable, str(script), "--quick", "--json", str(result)]
+    subprocess.run(command, check=True, capture_output=True)
+    content = json.loads(result.read_text())
+    assert {row["setting"] for row in content["rows"]} == {"float", "W8A8", "W4A4"}
+    assert len(content["rows"]) == 12
+    assert len(content["claims"]) == 6
     assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []
 
 
