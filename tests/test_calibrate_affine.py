@@ -184,7 +184,7 @@ def test_a_state_goes_through_the_frames(temporal: str) -> None:
     kept = float(end[0]) <= float(start)
     assert kept == ("dropped" not in said[-1]) and np.isfinite(float(end[0]))
     assert (text.render(model, weights=True) == before) == (not kept)
-    assert (step.counters["gains"] > 0) == kept
+    assert (step.counters["gains"] != 0) == kept
 
 
 def test_without_motion_the_term_is_the_difference_of_frames() -> None:
