@@ -267,8 +267,25 @@ def conv_output(low: Lowering) -> int:
         assert found is not None  # keep-float saw to it
         grid = _written(low, value, low.input_grids[layer.node].format, found)
         low.pair_for_all(value, grid)
+        if grid.format.bits < 8 and _clips_no_more(value, grid):
+            graph.redirect(low.model, value, layer.output, keep=lambda _: False)
         count += 1
     return count
+
+
+def _clips_no_more(value: ir.Value, grid: Grid) -> bool:
+    """Whether ``value`` is from a Clip that changes no code of ``grid``, whose codes are clipped.
+
+    The runtime, which sees 8 bits, would keep such a Clip, and the Conv in front of it in float.
+    """
+    node = value.producer()
+    if node is None or node.op_type != "Clip":
+        return False
+    known = [v for v in node.inputs[1:] if v is not None and graph.is_constant(v)]
+    ends = [graph.constant(v).astype(np.float32).reshape(1) for v in known]
+    codes = [int(grid.quantize(end)[0]) for end in ends]
+    extremes = [grid.format.low, grid.format.high]
+    return len(known) == len(node.inputs) - 1 and codes == extremes[: len(codes)]
 
 
 def between(low: Lowering) -> int:

@@ -67,9 +67,9 @@ class Reconstruct(Pass):
 
     method: Method = "qdrop"
     granularity: Granularity = "block"
-    steps: int = 400
+    steps: int = 200
     batch: int = 16
-    rate: float = 0.01
+    rate: float = 0.1
     range_rate: float = 0.001
     samples: int = 128
     decide: float = 0.1

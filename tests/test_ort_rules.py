@@ -308,6 +308,21 @@ def test_conv_output_that_narrow_inputs_alone_read_is_rounded_once() -> None:
     assert sum(n.op_type == "Clip" for n in low.model.graph) == 2
 
 
+def test_conv_output_of_few_bits_takes_the_place_of_a_clip() -> None:
+    source = """(float[N,8,8,8] x) => (float[N,8,8,8] y) <float[8,8,1,1] w, float[8,8,1,1] v,
+    float lowest = {0.0}, float highest = {1.0}> {
+        c = Conv(x, w)
+        m = Clip(c, lowest, highest)
+        y = Conv(m, v)
+    }"""
+    for bits, kept in ((4, 0), (8, 1)):
+        passes = f"simplify,calibrate,quantize{{input=int{bits}}}"
+        _, _, low = act(source, "conv-output", passes)
+        reads = [n for n in low.model.graph if n.op_type == "Clip" and n.inputs[0] is not None]
+        reads = [n for n in reads if (n.inputs[0].name or "") == "c" and n.outputs[0].uses()]
+        assert len(reads) == kept
+
+
 @pytest.mark.parametrize("bits", [4, 5, 6, 7])
 def test_conv_output_that_others_read_too_has_an_odd_number_of_steps(bits: int) -> None:
     passes = f"simplify,calibrate,quantize{{input=int{bits}}}"
