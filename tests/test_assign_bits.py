@@ -299,7 +299,8 @@ def test_a_large_weight_has_nearly_the_first_factors_of_the_exact_one(
 ) -> None:
     rng = np.random.default_rng(2)
     left = np.linalg.qr(rng.standard_normal((120, 120)))[0]
-    weight = (left * 0.9 ** np.arange(120)) @ np.linalg.qr(rng.standard_normal((120, 120)))[0]
+    right = np.linalg.qr(rng.standard_normal((120, 120)))[0]
+    weight = ((left * 0.9 ** np.arange(120)) @ right).astype(np.float64)
     ones = np.ones(120)
     exact = factors.decompose(weight, ones, ones, rng).cut(20)
     monkeypatch.setattr(factors, "_LARGE", 64)

@@ -7,6 +7,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent
 
 
@@ -43,4 +45,14 @@ def test_zoo_quick_claims_hold(tmp_path: pathlib.Path) -> None:
         for what in (("ort-cpu", "runs"), ("tensorrt-rtx", "builds"))
     }
     assert len(content["claims"]) == 8
+    assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []
+
+
+@pytest.mark.parametrize("name", ["mlorq", "fmpq"])
+def test_quick_claims_of_budgets_hold(name: str, tmp_path: pathlib.Path) -> None:
+    script, result = ROOT / "benchmarks" / f"{name}.py", tmp_path / f"{name}.json"
+    command = [sys.executable, str(script), "--quick", "--json", str(result)]
+    subprocess.run(command, check=True, capture_output=True)
+    content = json.loads(result.read_text())
+    assert {row["work"] for row in content["rows"]} == {"CNN", "ViT"}
     assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []

@@ -5,8 +5,8 @@
 Weights alone are quantized, activations are float, one scale a channel, ranges by mean squared
 error, then gptq; all rows of a model differ in the widths only. Bits are those of codes on average
 over all Convs and linear layers (none is exempt), MB what is stored in types of 4 and 8 bits with
-scales. The surrogate is summed noise-to-signal with each layer alone rounded to the nearest, from a
-whole table, in which every candidate of a smaller set is one of the larger. Passes are forward
+scales. The surrogate is summed noise-to-signal with each layer alone rounded, by gptq as well, from
+a whole table, in which every candidate of a smaller set is one of the larger. Passes are forward
 passes over the samples against one for each width of each layer. SQNR is over all judge samples
 together, which calibrated nothing, with a 95 % interval of a bootstrap over them. The slope is that
 of the logarithm of the singular values against that of their number, the median over the layers:
@@ -52,6 +52,7 @@ class Row:
     cost: float | None
     forward_passes: float
     share: float
+    trials: int
     products: int
     sqnr: float
     interval: tuple[float, float]
@@ -63,7 +64,7 @@ def choices(budget: float, methods: Sequence[str], options: str) -> dict[str, st
     known = {
         "mixed": f"assign-bits{{budget=bits={budget:g}{options}}}",
         "mixed, whole table": f"assign-bits{{budget=bits={budget:g} table=full{options}}}",
-        "products": f"assign-bits{{budget=bits={budget:g} factors=4,6,8 table=full{options}}}",
+        "products": f"assign-bits{{budget=bits={budget:g} factors=4,8 table=full{options}}}",
         "fmpq": f"assign-bits{{budget=bits={budget:g} method=fmpq{options}}}",
         "greedy": f"assign-bits{{budget=bits={budget:g} method=greedy{options}}}",
     }
@@ -82,7 +83,8 @@ def measure(
     slope = decay(list(graph.layers(model)))
     rows: list[Row] = []
     for budget in budgets:
-        listed = choices(budget, methods, " samples=8" if quick else "")
+        options = " rounding=gptq" + (" samples=8" if quick else "")
+        listed = choices(budget, methods, options)
         if budget == int(budget):
             one = f"quantize{{weight=int{budget:g} input=float method=mse}}"
             listed = {"uniform": one.replace("weight=int8 ", ""), **listed}
@@ -104,6 +106,7 @@ def measure(
                 Row(
                     work.name, name, budget, FRONT + "," + text + BEHIND, bits, stored / 1e6,
                     None if cost is None else float(cost), spent, spent / table if table else 0.0,
+                    int(table),
                     int(counted.get("products", 0)),
                     float(10 * np.log10(signal.sum() / noise.sum())),
                     int8.bootstrap(signal, noise, seed), slope,
@@ -138,7 +141,7 @@ def claims(rows: Sequence[Row], seeds: int) -> list[Claim]:
         where = f"{work}, {choice}, {budget:g} bits"
         if choice != "uniform":
             say(f"{where}: within the budget", row.bits, budget, False)
-        if choice in ("mixed", "fmpq"):
+        if choice in ("mixed", "fmpq") and row.trials >= 100:  # the run in float counts as well
             say(f"{where}: share of the passes of a table", row.share, 0.25, False)
         uniform = by.get((work, budget, "uniform"))
         if uniform is not None and choice in ("mixed", "products") and budget <= 4:
@@ -184,7 +187,8 @@ def main() -> int:
     rows: list[Row] = []
     for work in (w for w in works if word in w.name.lower()):
         methods = ("mixed", "mixed, whole table", "products", "greedy")
-        budgets = (3, 4)
+        methods = methods[:3] if arguments.quick else methods
+        budgets = (3,) if arguments.quick else (3, 4)
         rows += measure(work, budgets, methods, arguments.quick, arguments.seeds - 1)
         if not arguments.quick:
             between = (5, 6, 8)
