@@ -22,6 +22,7 @@ from qcompile.calibrate import content_keys
 from qcompile.errors import PassError
 from qcompile.factors import Weigh
 from qcompile.numerics import RangeMethod
+from qcompile.passes.gptq import Gptq
 from qcompile.passes.quantize import (
     WEIGHTED,
     Granularity,
@@ -50,6 +51,8 @@ class AssignBits(Pass):
     * ``metric``: ``nsr``, ``mse``, ``kl`` or ``module:callable`` (see ``sensitivity``).
     * ``table``: ``lazy`` measures what the choice rests on and guesses the rest from the error of
       the layer; ``full`` measures every width of every layer.
+    * ``rounding``: how weights on trial are rounded: ``nearest``, or as ``gptq`` rounds them, where
+      that pass follows.
     * ``samples``: how many calibration samples are run.
     * ``input``: the format of activations, ``int8`` or ``float``.
     * ``granularity``, ``block``, ``range``: as ``granularity``, ``block``, ``method`` of quantize.
@@ -71,6 +74,7 @@ class AssignBits(Pass):
     weigh: Weigh = "input"
     metric: str = "nsr"
     table: Literal["lazy", "full"] = "lazy"
+    rounding: Literal["nearest", "gptq"] = "nearest"
     samples: int = 16
     input: Literal["float", "int8"] = "float"
     granularity: Granularity = "channel"
@@ -133,7 +137,8 @@ class AssignBits(Pass):
         kept = model.clone()
         layers = [layer for layer in graph.layers(kept) if layer.name in set(names)]
         pairs = Pairs(self.factors, self.weigh) if self.factors else None
-        items = Items(kept, layers, self.choices, self._how(), ctx, pairs)
+        fit = Gptq(damping=0.1) if self.rounding == "gptq" else None
+        items = Items(kept, layers, self.choices, self._how(), ctx, pairs, fit)
         samples = ctx.data().samples.some(self.samples)
         metric = sensitivity.metric(self.metric)
         return Costs(items, sensitivity.Sensitivity(kept, samples, metric))

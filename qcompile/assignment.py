@@ -18,7 +18,7 @@ from qcompile.factors import Factors
 from qcompile.graph import Layer
 from qcompile.numerics import Floats, Grid
 from qcompile.passes.quantize import Quantize, decide_weights, powers
-from qcompile.pipeline import Context
+from qcompile.pipeline import Context, Pass
 from qcompile.sensitivity import Sensitivity
 from qcompile.spec import TensorSpec
 
@@ -110,7 +110,7 @@ class Items:
     ``model`` must stay as it is. ``how`` decides ranges and granularity; ``bits`` are the widths,
     which come first among the choices of an item, falling. Then come the products of ``pairs``,
     those that no other choice beats in local loss and size; a weight that several layers read has
-    none.
+    none. ``fit`` rounds weights of one width in place of to the nearest.
     """
 
     def __init__(
@@ -121,11 +121,12 @@ class Items:
         how: Quantize,
         ctx: Context,
         pairs: Pairs | None = None,
+        fit: Pass | None = None,
     ) -> None:
         shared: dict[ir.Value, list[Layer]] = {}
         for layer in layers:
             shared.setdefault(layer.weight.value, []).append(layer)
-        self.model, self.how, self.ctx = model, how, ctx
+        self.model, self.how, self.ctx, self.fit = model, how, ctx, fit
         self.readers = list(shared.values())
         widths = [Choice(width) for width in sorted(set(bits), reverse=True)]
         self.widths = len(widths)
@@ -201,6 +202,8 @@ class Items:
             layers = [layer for layer in graph.layers(model) if layer.name in names]
             how = dataclasses.replace(self.how, weight=f"int{bits}")
             decide_weights(model, layers, how, self.ctx)
+            if self.fit is not None:
+                self.fit.run(model, self.ctx)
             self._decided[bits] = model, {layer.name: layer for layer in layers}
         return self._decided[bits]
 
@@ -239,9 +242,10 @@ class Items:
                 if size < 8 * matrix.size and not beaten:
                     kept.append(rank)
             evenly = np.linspace(0, len(kept) - 1, min(len(kept), pairs.most))
-            for rank in (kept[round(place)] for place in evenly):
-                found.append(Choice(bits, rank, inner))
-                self._losses[item, found[-1]] = float(losses[rank - 1])
+            for place in evenly.tolist():
+                chosen = kept[round(place)]
+                found.append(Choice(bits, chosen, inner))
+                self._losses[item, found[-1]] = float(losses[chosen - 1])
         return found
 
     def _loss(self, item: int, choice: Choice) -> float:

@@ -115,6 +115,8 @@ def weights(
     """
     shapes = {layer.name: matrix(layer).shape for layer in layers}
     found = {name: (np.ones(n), np.ones(k)) for name, (n, k) in shapes.items()}
+    if not layers:
+        return found
     if weigh in ("hessian", "both"):
         for name, rows in hessian(model, layers, ctx).items():
             # Rows that nothing depends on keep a weight, or they could not be divided by it.

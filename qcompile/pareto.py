@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qcompile import execute, graph, numerics, pipeline, report, simulate
-from qcompile.assignment import Budget
+from qcompile.assignment import Budget, size_of
 from qcompile.compiler import Compiler
 from qcompile.errors import CalibrationError, PassError, QCompileError
 from qcompile.options import Options
@@ -155,6 +155,15 @@ def bits_of(model: ir.Model, decided: ir.Model) -> float:
         if names & {*graph.origins(layer.node)}
     )
     return bits / max(count, 1)
+
+
+def stored_of(decided: ir.Model) -> float:
+    """Bytes of all decided weights as they are stored, scales counted."""
+    return sum(
+        size_of(graph.shape_of(layer.weight.value) or (), layer.weight.spec).stored
+        for layer in graph.layers(decided)
+        if layer.weight.spec is not None and graph.is_constant(layer.weight.value)
+    )
 
 
 # -- for people ---------------------------------------------------------------------------------

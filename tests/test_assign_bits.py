@@ -174,17 +174,15 @@ def test_fmpq_equals_the_exhaustive_search_over_its_breakpoints() -> None:
 @pytest.mark.parametrize("method", ["mlorq", "fmpq"])
 def test_a_lazy_table_loses_little_for_a_part_of_the_passes(method: str) -> None:
     model, data = vit()
-    options = f"samples=4 range=minmax method={method}"
+    options = f"samples=2 range=minmax method={method}"
     lazily, lazy = run(model, f"assign-bits{{{options}}}", Calibration(data.data))
-    _, full = run(model, f"assign-bits{{{options} table=full}}", Calibration(data.data))
-    assert lazy["forward passes"] < 0.6 * full["forward passes"]
+    _, full = run(model, f"assign-bits{{{options} table=full}}", data)
     assert lazy["forward passes"] < 0.3 * full["of a whole table of"]
     assert lazy["cost"] <= 1.1 * full["cost"]
     assert lazy["bits a weight"] <= 4
-    again, _ = run(model, f"assign-bits{{{options}}}", data)  # with another history
-    run(model, f"assign-bits{{{options} budget=bits=5}}", data)
-    assert widths(lazily) == widths(again)
-    assert widths(run(model, f"assign-bits{{{options}}}", data)[0]) == widths(lazily)
+    again, counters = run(model, f"assign-bits{{{options}}}", data)
+    assert counters["forward passes"] == 0  # all is known,
+    assert widths(lazily) == widths(again)  # and changes nothing
 
 
 @pytest.mark.parametrize("method", ["mlorq", "fmpq", "greedy"])
@@ -301,7 +299,8 @@ def test_a_large_weight_has_nearly_the_first_factors_of_the_exact_one(
 ) -> None:
     rng = np.random.default_rng(2)
     left = np.linalg.qr(rng.standard_normal((120, 120)))[0]
-    weight = (left * 0.9 ** np.arange(120)) @ np.linalg.qr(rng.standard_normal((120, 120)))[0]
+    right = np.linalg.qr(rng.standard_normal((120, 120)))[0]
+    weight = ((left * 0.9 ** np.arange(120)) @ right).astype(np.float64)
     ones = np.ones(120)
     exact = factors.decompose(weight, ones, ones, rng).cut(20)
     monkeypatch.setattr(factors, "_LARGE", 64)

@@ -59,3 +59,13 @@ def test_zoo_quick_claims_hold(tmp_path: pathlib.Path) -> None:
     }
     assert len(content["claims"]) == 8
     assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []
+
+
+@pytest.mark.parametrize("name", ["mlorq", "fmpq"])
+def test_quick_claims_of_budgets_hold(name: str, tmp_path: pathlib.Path) -> None:
+    script, result = ROOT / "benchmarks" / f"{name}.py", tmp_path / f"{name}.json"
+    command = [sys.executable, str(script), "--quick", "--json", str(result)]
+    subprocess.run(command, check=True, capture_output=True)
+    content = json.loads(result.read_text())
+    assert {row["work"] for row in content["rows"]} == {"CNN", "ViT"}
+    assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []
