@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from qcompile import factors, graph, sensitivity
 from qcompile.assignment import Assigned, Assigner, Budget, Costs, Items, Pairs
-from qcompile.calibrate import content_keys
+from qcompile.calibrate import Calibration, content_keys
 from qcompile.errors import PassError
 from qcompile.factors import Weigh
 from qcompile.numerics import RangeMethod
@@ -31,6 +31,7 @@ from qcompile.passes.quantize import (
     decide_weights,
 )
 from qcompile.pipeline import Context, Pass, Stats
+from qcompile.sources import Data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class AssignBits(Pass):
     * ``table``: ``lazy`` measures what the choice rests on and guesses the rest from the error of
       the layer; ``full`` measures every width of every layer.
     * ``rounding``: how weights on trial are rounded: ``nearest``, or as ``gptq`` rounds them, where
-      that pass follows.
+      that pass follows; it is fitted on other samples than those that are run.
     * ``samples``: how many calibration samples are run.
     * ``input``: the format of activations, ``int8`` or ``float``.
     * ``granularity``, ``block``, ``range``: as ``granularity``, ``block``, ``method`` of quantize.
@@ -137,9 +138,15 @@ class AssignBits(Pass):
         kept = model.clone()
         layers = [layer for layer in graph.layers(kept) if layer.name in set(names)]
         pairs = Pairs(self.factors, self.weigh) if self.factors else None
-        fit = Gptq(damping=0.1) if self.rounding == "gptq" else None
+        fit, samples = None, ctx.data().samples
+        if self.rounding == "gptq":
+            # What it was fitted on makes few bits look better than they are.
+            seen, samples = ctx.data().to_fit(len(samples))
+            fitted = Calibration(Data(ctx.data().data.source, seen), mask=ctx.data().mask)
+            ctx = dataclasses.replace(ctx, calibration=fitted)
+            fit = Gptq(damping=0.1)
         items = Items(kept, layers, self.choices, self._how(), ctx, pairs, fit)
-        samples = ctx.data().samples.some(self.samples)
+        samples = samples.some(self.samples)
         metric = sensitivity.metric(self.metric)
         return Costs(items, sensitivity.Sensitivity(kept, samples, metric))
 

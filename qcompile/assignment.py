@@ -241,18 +241,22 @@ class Items:
                 beaten = any(p <= loss and s <= size for p, s in zip(plain, sizes, strict=True))
                 if size < 8 * matrix.size and not beaten:
                     kept.append(rank)
-            evenly = np.linspace(0, len(kept) - 1, min(len(kept), pairs.most))
-            for place in evenly.tolist():
-                chosen = kept[round(place)]
+            for chosen in evenly(kept, pairs.most):
                 found.append(Choice(bits, chosen, inner))
                 self._losses[item, found[-1]] = float(losses[chosen - 1])
         return found
 
     def _loss(self, item: int, choice: Choice) -> float:
         layer, whole = self.readers[item][0], self.factors[item]
-        rounded = patches.to_matrix(layer, self.rounded(item, choice))[0]
-        error = factors.matrix(layer) - rounded
+        rounded: Floats = patches.to_matrix(layer, self.rounded(item, choice))[0]
+        error: npt.NDArray[np.float64] = factors.matrix(layer) - rounded
         return float(np.mean((whole.left[:, None] * error * whole.right) ** 2))
+
+
+def evenly(numbers: Sequence[int], most: int) -> list[int]:
+    """At most ``most`` of ``numbers``, evenly apart, the first and the last among them."""
+    count = min(most, len(numbers))
+    return [numbers[place * (len(numbers) - 1) // max(count - 1, 1)] for place in range(count)]
 
 
 def losses_by_rank(
@@ -406,8 +410,7 @@ class Assigner:
         for number in range(widths, len(choices)):
             kinds.setdefault((choices[number].bits, choices[number].inner), []).append(number)
         for numbers in kinds.values():
-            places = np.linspace(0, len(numbers) - 1, min(MEASURED, len(numbers)))
-            chosen += [numbers[round(place)] for place in places]
+            chosen += evenly(numbers, MEASURED)
         return [(item, number) for number in chosen]
 
     def mlorq(self) -> Assigned:

@@ -13,9 +13,12 @@ as the figure of MLoRQ has it, is another problem, which gives all to a few item
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -170,16 +173,17 @@ def _solved(
     unit = np.where(limits > 0, limits, 1.0)
     allowed = limits / unit
     for _ in range(8):
-        result = library.milp(
-            weights * scale,
-            constraints=[
-                library.LinearConstraint(one, 1, 1),
-                library.LinearConstraint(loads / unit[:, None], -np.inf, allowed),
-            ],
-            integrality=np.ones(len(weights)),
-            bounds=library.Bounds(0, 1),
-            options={"mip_rel_gap": GAP / 10, "time_limit": _PATIENCE},
-        )
+        with _quiet():
+            result = library.milp(
+                weights * scale,
+                constraints=[
+                    library.LinearConstraint(one, 1, 1),
+                    library.LinearConstraint(loads / unit[:, None], -np.inf, allowed),
+                ],
+                integrality=np.ones(len(weights)),
+                bounds=library.Bounds(0, 1),
+                options={"mip_rel_gap": GAP / 10, "time_limit": _PATIENCE},
+            )
         if result.x is None:
             break
         parts = np.split(np.asarray(result.x), ends[:-1])
@@ -192,6 +196,23 @@ def _solved(
     if known is not None:
         return known, float("inf")
     raise PassError("no choice fits all of the budgets together; raise one of them")
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Drop what is written to the standard output of the process.
+
+    The solver writes lines for its developers there, past all options and past Python.
+    """
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _gap(cost: Sequence[Doubles], choice: Sequence[int], bound: float) -> float:
