@@ -419,10 +419,8 @@ class Assigner:
 
     def fmpq(self) -> Assigned:
         """The smallest tolerance of any layer that fits, then what is left for the best."""
-        tolerated = self._settled(self._tolerated, self._bounds)
-        return self._settled(
-            lambda: self._filled(tolerated), lambda found: list(enumerate(found.numbers))
-        )
+        # What is left to spend rests on guesses: the criterion is met whatever they are.
+        return self._filled(self._settled(self._tolerated, self._bounds))
 
     def greedy(self) -> Assigned:
         """From the widest down, each time where least is lost for what is saved."""
