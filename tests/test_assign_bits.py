@@ -341,15 +341,15 @@ def test_every_point_of_a_front_is_what_its_pipeline_makes(
     qcompile: Command, tmp_path: pathlib.Path
 ) -> None:
     model, data = str(fashion.path(fashion.CNN)), str(fashion.path(fashion.CALIBRATION))
-    words = ["pareto", model, "--calib", data, "--budgets", "bits=3,5,size=60kB"]
+    words = ["pareto", model, "--calib", data, "--budgets", "bits=3.5,5,size=60kB"]
     passes = ["--passes", "simplify,fold-bn,assign-bits{samples=4},insert-qdq"]
     for name in ("front.json", "front.png", "front.html"):
         assert qcompile(*words, *passes, "-o", tmp_path / name).code == 0
     front = json.loads((tmp_path / "front.json").read_text())
     assert "<svg" in (tmp_path / "front.html").read_text()
     points = [p for p in front["points"] if p["kind"] == "assigned"]
-    assert [p["budget"] for p in points] == ["bits=3", "bits=5", "size=60000"]
-    assert points[0]["bits"] <= 3 and points[1]["bits"] <= 5
+    assert [p["budget"] for p in points] == ["bits=3.5", "bits=5", "size=60000"]
+    assert points[0]["bits"] <= 3.5 and points[1]["bits"] <= 5
     assert points[0]["sqnr"] < points[1]["sqnr"]
     by_width = {p["budget"]: p["sqnr"] for p in front["points"] if p["kind"] == "uniform"}
     assert by_width["int3"] < points[0]["sqnr"]

@@ -61,7 +61,7 @@ def test_zoo_quick_claims_hold(tmp_path: pathlib.Path) -> None:
     assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []
 
 
-@pytest.mark.parametrize("name", ["mlorq", "fmpq"])
+@pytest.mark.parametrize("name", ["mlorq"])
 def test_quick_claims_of_budgets_hold(name: str, tmp_path: pathlib.Path) -> None:
     script, result = ROOT / "benchmarks" / f"{name}.py", tmp_path / f"{name}.json"
     command = [sys.executable, str(script), "--quick", "--json", str(result)]
