@@ -47,7 +47,8 @@ def test_the_reproducer_holds_all_that_is_needed(bug: Bug) -> None:
 
 def test_the_replay_crashes_in_the_same_place(bug: Bug) -> None:
     assert bug.folder is not None
-    with pytest.raises(PassBug, match=r"pass quantize\{least=0.1\} failed with KeyError: 'no such thing'"):
+    wanted = r"pass quantize\{least=0.1\} failed with KeyError: 'no such thing'"
+    with pytest.raises(PassBug, match=wanted):
         crash.replay(bug.folder)
 
 
