@@ -52,7 +52,7 @@ TEXTS = [
     "gptq",
     "gptq{damping=0.1 samples=8 rows=16 exclude=a}",
     "gptaq{damping=0.2 samples=8 rows=16 exclude=a,b}",
-    "reconstruct{method=brecq granularity=layer steps=10 batch=2 rate=0.1 range-rate=0.01"
+    "reconstruct{method=brecq granularity=layer steps=10 batch=2 rate=0.2 range-rate=0.01"
     " samples=4 decide=0.5 device=cuda}",
     "calibrate-affine{gains=none temporal=flow flow-weight=0.1 steps=10 batch=2 rate=0.1 frames=2"
     " samples=4 device=cuda}",
