@@ -97,8 +97,7 @@ class AssignBits(Pass):
             raise PassError("factors go with method=mlorq and input=float")
         if ":" not in self.metric:
             sensitivity.metric(self.metric)
-        if self.samples < 1:
-            raise PassError(f"samples start at 1, got {self.samples}")
+        self.starts_at(1, "samples")
 
     def relies_on(self) -> frozenset[str]:
         """Ranges only where activations are quantized."""

@@ -15,7 +15,6 @@ import onnx_ir as ir
 
 from qcompile import decisions, graph, patches
 from qcompile.calibrate import LARGEST_GRAM, Gram
-from qcompile.errors import PassError
 from qcompile.graph import Layer
 from qcompile.pipeline import Context, Pass, Stats
 
@@ -46,8 +45,7 @@ class BiasCorrect(Pass):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.rows < 1:
-            raise PassError(f"samples and rows start at 1, got {self.samples} and {self.rows}")
+        self.starts_at(1, "samples", "rows")
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         excluded = {layer.node for layer in graph.select(model, self.exclude, "exclude")}

@@ -49,8 +49,7 @@ class Calibrate(Pass):
             raise PassError(f"percentile must lie between 50 and 100, got {self.percentile:g}")
         if not 2 <= self.bits <= 8:
             raise PassError(f"bits must be 2 to 8, got {self.bits}")
-        if self.samples < 1:
-            raise PassError(f"samples start at 1, got {self.samples}")
+        self.starts_at(1, "samples")
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         values = calibrate.quantizable_values(model)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -78,17 +78,9 @@ class CalibrateAffine(Pass):
     device: Device = "cpu"
 
     def __post_init__(self) -> None:
-        for option, known in (("gains", Gains), ("temporal", Temporal), ("device", Device)):
-            if getattr(self, option) not in get_args(known):
-                found = getattr(self, option)
-                raise PassError(f"{option} is {' or '.join(get_args(known))}, not {found!r}")
-        for option in ("steps", "batch", "frames", "samples"):
-            if getattr(self, option) < 1:
-                raise PassError(f"{option} starts at 1, got {getattr(self, option)}")
-        if not self.rate > 0:
-            raise PassError(f"rate must be above 0, got {self.rate:g}")
-        if not self.flow_weight >= 0:
-            raise PassError(f"flow-weight starts at 0, got {self.flow_weight:g}")
+        self.starts_at(1, "steps", "batch", "frames", "samples")
+        self.is_above(0, "rate")
+        self.starts_at(0, "flow_weight")
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         from qcompile import torch_exec

@@ -67,8 +67,7 @@ class Equalize(Pass):
             numerics.parse_format(self.input)
         if self.block < 0:
             raise PassError(f"block is a number of weights, or 0; got {self.block}")
-        if self.samples < 1:
-            raise PassError(f"samples start at 1, got {self.samples}")
+        self.starts_at(1, "samples")
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         excluded = {layer.node for layer in graph.select(model, self.exclude, "exclude")}

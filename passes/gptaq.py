@@ -17,7 +17,6 @@ import onnx_ir as ir
 
 from qcompile import blocks, graph, patches
 from qcompile.blocks import Block
-from qcompile.errors import PassError
 from qcompile.graph import Layer
 from qcompile.passes import gptq
 from qcompile.pipeline import Context, Pass, Stats
@@ -67,10 +66,8 @@ class Gptaq(Pass):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise PassError(f"damping must be above 0, got {self.damping:g}")
-        if self.samples < 1 or self.rows < 1:
-            raise PassError(f"samples and rows start at 1, got {self.samples} and {self.rows}")
+        self.is_above(0, "damping")
+        self.starts_at(1, "samples", "rows")
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         from qcompile.prefix import Prefix

@@ -20,7 +20,6 @@ import scipy.linalg
 
 from qcompile import decisions, graph, patches
 from qcompile.calibrate import GRAM_BYTES, LARGEST_GRAM, Gram
-from qcompile.errors import PassError
 from qcompile.graph import Layer
 from qcompile.numerics import Codes, Floats
 from qcompile.pipeline import Context, Pass, Stats
@@ -64,10 +63,8 @@ class Gptq(Pass):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise PassError(f"damping must be above 0, got {self.damping:g}")
-        if self.samples < 1 or self.rows < 1:
-            raise PassError(f"samples and rows start at 1, got {self.samples} and {self.rows}")
+        self.is_above(0, "damping")
+        self.starts_at(1, "samples", "rows")
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         excluded = {layer.node for layer in graph.select(model, self.exclude, "exclude")}

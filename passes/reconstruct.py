@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -76,18 +76,9 @@ class Reconstruct(Pass):
     device: Device = "cpu"
 
     def __post_init__(self) -> None:
-        for option, known in (("method", Method), ("granularity", Granularity), ("device", Device)):
-            if getattr(self, option) not in get_args(known):
-                found = getattr(self, option)
-                raise PassError(f"{option} is {' or '.join(get_args(known))}, not {found!r}")
-        for option in ("steps", "batch", "samples"):
-            if getattr(self, option) < 1:
-                raise PassError(f"{option} starts at 1, got {getattr(self, option)}")
-        for option, rate in (("rate", self.rate), ("range-rate", self.range_rate)):
-            if not rate > 0:
-                raise PassError(f"{option} must be above 0, got {rate:g}")
-        if not self.decide >= 0:
-            raise PassError(f"decide starts at 0, got {self.decide:g}")
+        self.starts_at(1, "steps", "batch", "samples")
+        self.is_above(0, "rate", "range_rate")
+        self.starts_at(0, "decide")
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         from qcompile import torch_exec

@@ -87,6 +87,22 @@ class Pass(abc.ABC):
         """Where this pass wants scales of activations from, beside ``static``."""
         return ()
 
+    def starts_at(self, least: float, *options: str) -> None:
+        """Raise PassError for the first of ``options`` that is below ``least``, or NaN."""
+        for option in options:
+            value = getattr(self, option)
+            if not value >= least:
+                said = option.replace("_", "-")
+                raise PassError(f"{said} starts at {least:g}, got {value:g}")
+
+    def is_above(self, bound: float, *options: str) -> None:
+        """Raise PassError for the first of ``options`` that is not above ``bound``."""
+        for option in options:
+            value = getattr(self, option)
+            if not value > bound:
+                said = option.replace("_", "-")
+                raise PassError(f"{said} must be above {bound:g}, got {value:g}")
+
     def __str__(self) -> str:
         return syntax.render(self.name, self)
 

@@ -47,17 +47,17 @@ class Settings:
     * ``weighed``: whether squared errors count by ``Prefix.importance``.
     """
 
-    steps: int = 500
-    batch: int = 16
+    steps: int
+    batch: int
     mix: float = 0.5
     prefix: bool = True
     target: Literal["float", "recomputed"] = "float"
     weights: bool = True
     ranges: bool = True
     gains: Literal["none", "layer", "channel"] = "none"
-    weight_rate: float = 0.01
-    range_rate: float = 0.001
-    decide: float = 0.1
+    weight_rate: float = 0.0
+    range_rate: float = 0.0
+    decide: float = 0.0
     frames: int = 8
     weighed: bool = False
 
@@ -378,7 +378,7 @@ class _Fit:
         with torch.no_grad():
             try:
                 whole = self._part(self._prefix.joined(feeds))
-            except Exception:
+            except (RuntimeError, ValueError, IndexError):  # a shape that holds one sample alone
                 return False
             each = [self._part(self._prefix.tensors(sample)) for sample in feeds]
         return all(

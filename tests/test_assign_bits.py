@@ -231,7 +231,7 @@ def test_luck_below_zero_wins_no_layer_its_bits() -> None:
         ("factors=9", "factors are widths of 2 to 8 bits"),
         ("method=fmpq factors=4", "factors go with method=mlorq"),
         ("metric=sqnr", "metric 'sqnr' is none of nsr, mse, kl"),
-        ("samples=0", "samples start at 1"),
+        ("samples=0", "samples starts at 1"),
         ("exclude=nothing*", "exclude=nothing[*] matches no layer"),
     ],
 )

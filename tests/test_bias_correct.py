@@ -88,7 +88,7 @@ def test_what_has_no_bias_for_each_output_is_left_alone(source: str) -> None:
 
 
 def test_options_that_cannot_work_are_refused() -> None:
-    with pytest.raises(PassError, match="start at 1, got 0 and 128"):
+    with pytest.raises(PassError, match="samples starts at 1, got 0"):
         BiasCorrect(samples=0)
 
 

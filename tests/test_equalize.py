@@ -160,7 +160,7 @@ def test_channels_go_through_the_heads_of_attention() -> None:
     ("options", "message"),
     [
         ({"block": -1}, "got -1"),
-        ({"samples": 0}, "start at 1"),
+        ({"samples": 0}, "starts at 1"),
         ({"weight": "x"}, "unknown format"),
     ],
 )

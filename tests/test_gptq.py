@@ -218,7 +218,7 @@ def test_linear_algebra_has_one_thread_in_every_pass() -> None:
     ("options", "message"),
     [
         ({"damping": 0.0}, "damping must be above 0, got 0"),
-        ({"rows": 0}, "start at 1, got 64 and 0"),
+        ({"rows": 0}, "rows starts at 1, got 0"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:

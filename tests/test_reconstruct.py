@@ -218,15 +218,12 @@ def test_brecq_refuses_an_operator_without_a_gradient() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "nearest"}, "method is adaround or brecq or qdrop, not 'nearest'"),
-        ({"granularity": "net"}, "granularity is layer or block, not 'net'"),
         ({"steps": 0}, "steps starts at 1, got 0"),
         ({"batch": 0}, "batch starts at 1, got 0"),
         ({"samples": 0}, "samples starts at 1, got 0"),
         ({"rate": 0.0}, "rate must be above 0, got 0"),
         ({"range_rate": -1.0}, "range-rate must be above 0, got -1"),
         ({"decide": -0.5}, "decide starts at 0, got -0.5"),
-        ({"device": "tpu"}, "device is cpu or cuda, not 'tpu'"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
