@@ -14,16 +14,8 @@ import onnx_ir as ir
 
 from qcompile import execute, graph
 from qcompile.backends import ort_isa, ort_measure, ort_rules
-from qcompile.backends.base import (
-    NARROW,
-    Kernels,
-    Ran,
-    Rule,
-    Target,
-    float_in_file,
-    together,
-    why_float,
-)
+from qcompile.backends.base import Ran, Target, float_in_file, together, why_float
+from qcompile.backends.lowering import NARROW, Kernels, Rule
 from qcompile.backends.ort_isa import Isa
 from qcompile.errors import TargetError
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile import graph, numerics, spec
-from qcompile.backends.base import Lowering
+from qcompile.backends.lowering import Lowering
 from qcompile.backends.ort_embedding import packed_rows, stored_bits
 from qcompile.graph import Layer, Use
 from qcompile.spec import TensorSpec

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile import graph, numerics, spec
-from qcompile.backends.base import Lowering
+from qcompile.backends.lowering import Lowering
 from qcompile.graph import Layer
 from qcompile.spec import TensorSpec
 

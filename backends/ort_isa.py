@@ -14,7 +14,7 @@ import platform
 import re
 from typing import Literal
 
-from qcompile.backends.base import Kernels
+from qcompile.backends.lowering import Kernels
 from qcompile.errors import TargetError
 from qcompile.numerics import IntFormat
 

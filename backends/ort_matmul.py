@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from qcompile import graph, spec
-from qcompile.backends.base import Lowering
+from qcompile.backends.lowering import Lowering
 from qcompile.graph import Layer
 
 KERNEL = "MatMulIntegerToFloat"

@@ -21,7 +21,8 @@ import networkx as nx
 import onnx_ir as ir
 
 from qcompile import bench, execute, graph, spec
-from qcompile.backends.base import MOVES, Target
+from qcompile.backends.base import Target
+from qcompile.backends.lowering import MOVES
 from qcompile.calibrate import BETWEEN, Calibration
 from qcompile.graph import Layer
 

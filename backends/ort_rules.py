@@ -17,13 +17,7 @@ import onnx_ir as ir
 
 from qcompile import decisions, graph, numerics
 from qcompile.backends import ort_embedding
-from qcompile.backends.base import (
-    MOVES,
-    Lowering,
-    activation_range,
-    affine,
-    rules,
-)
+from qcompile.backends.lowering import MOVES, Lowering, activation_range, affine, rules
 from qcompile.backends.ort_alone import gemm_alone, packed_weights
 from qcompile.backends.ort_embedding import packed_embeddings
 from qcompile.backends.ort_matmul import dynamic_inputs, flat_bias, plain_sum, to_kernel

@@ -25,16 +25,8 @@ import onnx_ir as ir
 
 from qcompile import execute, graph, halves, ports, simulate
 from qcompile.backends import trt_build, trt_check, trt_device, trt_graph, trt_plan, trt_rules
-from qcompile.backends.base import (
-    NARROW,
-    Kernels,
-    Ran,
-    Rule,
-    Target,
-    float_in_file,
-    together,
-    why_float,
-)
+from qcompile.backends.base import Ran, Target, float_in_file, together, why_float
+from qcompile.backends.lowering import NARROW, Kernels, Rule
 from qcompile.errors import TargetError, nearest
 
 if TYPE_CHECKING:

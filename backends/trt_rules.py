@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile import decisions, graph, numerics
-from qcompile.backends.base import Lowering, activation_range, affine, rules
+from qcompile.backends.lowering import Lowering, activation_range, affine, rules
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
 from qcompile.spec import TensorSpec

@@ -18,9 +18,9 @@ from rich.console import Console
 
 from qcompile import (
     __version__,
+    block_chart,
     blocks,
     capture,
-    chart,
     compiler,
     contest,
     crash,
@@ -346,9 +346,9 @@ def blocks_command(
     pairs = {} if state is None else ports.parse_state(state)
     ports.check_state(pairs, ports.inputs_of(captured), ports.outputs_of(captured))
     parts = blocks.partition(captured, pairs, granularity)
-    chart.show(captured, parts, _out)
+    block_chart.show(captured, parts, _out)
     if out is not None:
-        chart.draw(captured, parts, out)
+        block_chart.draw(captured, parts, out)
         _out.print(f"wrote {out}", highlight=False, markup=False, soft_wrap=True)
 
 

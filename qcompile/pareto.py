@@ -17,7 +17,7 @@ import onnx_ir as ir
 from rich.console import Console
 from rich.table import Table
 
-from qcompile import execute, graph, numerics, pipeline, report, simulate
+from qcompile import execute, graph, numerics, pipeline, plotting, report, simulate
 from qcompile.assignment import Budget, size_of
 from qcompile.compiler import Compiler
 from qcompile.errors import CalibrationError, PassError, QCompileError
@@ -194,7 +194,7 @@ def check_ending(path: pathlib.Path) -> None:
     if path.suffix not in _ENDINGS:
         raise QCompileError(f"-o {str(path)!r}: the name must end in {', '.join(_ENDINGS)}")
     if path.suffix != ".json":
-        _plotting()
+        plotting.matplotlib()
 
 
 def write(front: Front, path: pathlib.Path) -> None:
@@ -207,19 +207,9 @@ def write(front: Front, path: pathlib.Path) -> None:
         path.write_text(_page(front))
 
 
-def _plotting() -> Any:
-    try:
-        from matplotlib import figure
-    except ImportError as error:
-        raise QCompileError(
-            "a picture needs matplotlib: pip install 'qcompile[pictures]'"
-        ) from error
-    return figure
-
-
 def _figure(front: Front) -> Any:
     """SQNR against bits a weight, and against what is written."""
-    drawn: Any = _plotting().Figure(figsize=(10, 4.2), layout="constrained")
+    drawn: Any = plotting.matplotlib().figure.Figure(figsize=(10, 4.2), layout="constrained")
     axes: Any = drawn.subplots(1, 2, sharey=True)
     for kind, mark in (("uniform", "s--"), ("assigned", "o-")):
         points = [p for p in front.points if p.kind == kind]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qcompile import decisions, graph, rounding, spec
-from qcompile.backends.base import Rounding, Roundings, Target
+from qcompile.backends.base import Target
+from qcompile.backends.lowering import Rounding, Roundings
 from qcompile.blocks import Block
 from qcompile.graph import Layer
 from qcompile.numerics import Codes

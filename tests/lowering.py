@@ -12,7 +12,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile import compiler, execute, pipeline, registry, verify
-from qcompile.backends.base import Lowering, Ran, Rule, Target
+from qcompile.backends.base import Ran, Target
+from qcompile.backends.lowering import Lowering, Rule
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.calibrate import Calibration
 from qcompile.pipeline import Context

@@ -15,7 +15,7 @@ from lowering import Array
 
 from qcompile import decisions, execute, graph, numerics, spec, text, verify
 from qcompile.backends import ort_isa, ort_rules
-from qcompile.backends.base import Kernels, Lowering, affine
+from qcompile.backends.lowering import Kernels, Lowering, affine
 from qcompile.backends.onnxruntime import OrtCpu
 
 CONV = """(float[N,4,8,8] x) => (float[N,8,6,6] y) <float[8,4,3,3] w, float[8] b> {

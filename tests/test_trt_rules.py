@@ -12,7 +12,7 @@ import pytest
 
 from qcompile import execute, graph, simulate, spec, text, verify
 from qcompile.backends import trt_rules
-from qcompile.backends.base import Lowering
+from qcompile.backends.lowering import Lowering
 from qcompile.backends.tensorrt import TensorRtRtx
 
 CONV = """(float[N,16,8,8] x) => (float[N,16,6,6] y) <float[16,16,3,3] w, float[16] b> {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from qcompile.backends.base import Rule
+from qcompile.backends.lowering import Rule
 from qcompile.backends.onnxruntime import OrtCpu
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qcompile import graph
+from qcompile import graph, plotting
 from qcompile.blocks import Block
 from qcompile.errors import QCompileError
 
@@ -70,14 +70,7 @@ def draw(model: ir.Model, parts: Sequence[Block], path: pathlib.Path) -> None:
 
     Raises QCompileError without the extra, for another format, and if the file cannot be written.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise QCompileError(
-            "a picture needs matplotlib: pip install 'qcompile[pictures]'"
-        ) from error
-    library: Any = matplotlib  # partly untyped
+    library = plotting.matplotlib()
     edges = _edges(parts)
     depths = _depths(len(parts), edges)
     places = _places(depths, edges)
@@ -86,7 +79,7 @@ def draw(model: ir.Model, parts: Sequence[Block], path: pathlib.Path) -> None:
     left = min((x for x, _ in places), default=0.0) - _WIDTH / 2
     right_most = right + _LANE * (max(lanes.values(), default=-1) + 2)
     rows = max(depths, default=0) + 1
-    figure: Any = Figure(figsize=(right_most - left + 0.2, rows * _ROW + 0.2))
+    figure: Any = library.figure.Figure(figsize=(right_most - left + 0.2, rows * _ROW + 0.2))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(left - 0.1, right_most + 0.1), ylim=(-(rows - 0.5) * _ROW - 0.1, _ROW / 2 + 0.1))
     axes.axis("off")

@@ -10,7 +10,7 @@ import graphs
 import pytest
 from command import Command
 
-from qcompile import blocks, chart, execute, ports
+from qcompile import block_chart, blocks, execute, ports
 from qcompile.capture import capture
 from qcompile.models import fashion
 from qcompile.models import matting_video as video
@@ -43,14 +43,14 @@ def test_a_granularity_and_a_state_are_those_of_the_fit(qcompile: Command) -> No
 def test_shares_of_the_macs_add_up_to_one() -> None:
     for name in (fashion.CNN, fashion.VIT):
         model = capture(fashion.path(name))
-        found = chart.shares(model, blocks.partition(model))
+        found = block_chart.shares(model, blocks.partition(model))
         assert found is not None and sum(found) == pytest.approx(1.0) and min(found) >= 0
 
 
 def test_without_shapes_no_share_is_said() -> None:
     model = graphs.graph("""(float[1,4,h,w] x) => (float[1,4,h,w] y) <float[4,4,1,1] v> {
         y = Conv(x, v) }""")
-    assert chart.shares(model, blocks.partition(model)) is None
+    assert block_chart.shares(model, blocks.partition(model)) is None
 
 
 def test_the_picture_names_every_block_and_is_the_same_each_time(
@@ -69,7 +69,7 @@ def test_the_picture_names_every_block_and_is_the_same_each_time(
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF")])
 def test_other_formats_are_drawn(tmp_path: pathlib.Path, suffix: str, start: bytes) -> None:
     model = capture(fashion.path(fashion.VIT))
-    chart.draw(model, blocks.partition(model), tmp_path / f"a{suffix}")
+    block_chart.draw(model, blocks.partition(model), tmp_path / f"a{suffix}")
     assert (tmp_path / f"a{suffix}").read_bytes().startswith(start)
 
 
@@ -85,7 +85,7 @@ def test_a_graph_without_layers_is_drawn_and_said(
 def test_curves_that_meet_have_lanes_of_their_own() -> None:
     depths = list(range(8))
     edges = [(0, 7), (1, 5), (5, 7), (2, 4), (0, 1)]
-    found = chart._lanes(depths, edges)  # pyright: ignore[reportPrivateUsage]
+    found = block_chart._lanes(depths, edges)  # pyright: ignore[reportPrivateUsage]
     assert set(found) == {(0, 7), (1, 5), (5, 7), (2, 4)}  # a row to the next is a straight line
     for one in found:
         for other in found:
