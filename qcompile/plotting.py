@@ -11,9 +11,10 @@ from qcompile.errors import QCompileError
 def matplotlib() -> Any:
     """The library with its module ``figure``; raise QCompileError without the extra."""
     try:
+        library = importlib.import_module("matplotlib")
         importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise QCompileError(
             "a picture needs matplotlib: pip install 'qcompile[pictures]'"
         ) from error
-    return importlib.import_module("matplotlib")
+    return library
