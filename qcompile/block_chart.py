@@ -61,6 +61,9 @@ def show(model: ir.Model, parts: Sequence[Block], console: Console) -> None:
     console.print(line, highlight=False, markup=False)
 
 
+ENDINGS = (".svg", ".png", ".pdf")
+
+
 def draw(model: ir.Model, parts: Sequence[Block], path: pathlib.Path) -> None:
     """Write the graph of blocks as a picture, in the format that the name of ``path`` ends with.
 
@@ -68,7 +71,7 @@ def draw(model: ir.Model, parts: Sequence[Block], path: pathlib.Path) -> None:
     below reads is a straight line, what one further down reads a curve at the side. The darker a
     box, the larger its share in the MACs, or in the layers where shapes are not known.
 
-    Raises QCompileError without the extra, for another format, and if the file cannot be written.
+    Raises QCompileError without the extra, and if the file cannot be written.
     """
     library = plotting.matplotlib()
     edges = _edges(parts)
@@ -91,8 +94,6 @@ def draw(model: ir.Model, parts: Sequence[Block], path: pathlib.Path) -> None:
     try:
         with library.rc_context({"svg.hashsalt": "qcompile", "svg.fonttype": "none"}):
             figure.savefig(path, dpi=100, metadata=drawn)
-    except ValueError as error:
-        raise QCompileError(f"cannot draw {os.fspath(path)!r}: {error}") from error
     except OSError as error:
         raise QCompileError(f"cannot write {os.fspath(path)!r}: {error.strerror}") from error
 

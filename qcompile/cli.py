@@ -26,6 +26,7 @@ from qcompile import (
     crash,
     explain,
     pareto,
+    plotting,
     ports,
     registry,
     report,
@@ -290,7 +291,7 @@ def pareto_command(
     """
     wanted = pareto.budgets(budgets)
     if out is not None:
-        pareto.check_ending(out)
+        plotting.check_ending(out, pareto.ENDINGS)
     options = Options(
         passes=passes, targets=(target,), calib=calib, preprocess=preprocess, state=state,
         mask=mask, shape=shape, tokenizer=tokenizer, tokens=tokens, seed=seed, jobs=jobs,
@@ -342,6 +343,8 @@ def blocks_command(
     out
         A picture to write (.svg, .png, .pdf); needs qcompile[pictures].
     """
+    if out is not None:
+        plotting.check_ending(out, block_chart.ENDINGS)
     captured = capture.capture(model)
     pairs = {} if state is None else ports.parse_state(state)
     ports.check_state(pairs, ports.inputs_of(captured), ports.outputs_of(captured))

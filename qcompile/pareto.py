@@ -28,7 +28,7 @@ from qcompile.pipeline import Context, Pass
 
 PASSES = "simplify,recompose,fold-bn,assign-bits,gptq{damping=0.1},insert-qdq"
 BUDGETS = "bits=3,3.5,4,5,6,8"
-_ENDINGS = (".html", ".png", ".json")
+ENDINGS = (".html", ".png", ".json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,14 +187,6 @@ def show(front: Front, console: Console) -> None:
         if front.is_best(point):
             line = f"{point.kind} {point.budget}: --passes '{point.passes}'"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def check_ending(path: pathlib.Path) -> None:
-    """Raise QCompileError for a file that ``write`` cannot write."""
-    if path.suffix not in _ENDINGS:
-        raise QCompileError(f"-o {str(path)!r}: the name must end in {', '.join(_ENDINGS)}")
-    if path.suffix != ".json":
-        plotting.matplotlib()
 
 
 def write(front: Front, path: pathlib.Path) -> None:

@@ -1,8 +1,10 @@
-"""matplotlib, which is in the extra ``pictures``."""
+"""Pictures: matplotlib, which is in the extra ``pictures``, and the files that it writes."""
 
 from __future__ import annotations
 
 import importlib
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from qcompile.errors import QCompileError
@@ -18,3 +20,14 @@ def matplotlib() -> Any:
             "a picture needs matplotlib: pip install 'qcompile[pictures]'"
         ) from error
     return library
+
+
+def check_ending(path: pathlib.Path, endings: Sequence[str]) -> None:
+    """Raise QCompileError for a file whose name ends in none of ``endings``, before any work.
+
+    Also if it is a picture and matplotlib is missing.
+    """
+    if path.suffix not in endings:
+        raise QCompileError(f"-o {str(path)!r}: the name must end in {', '.join(endings)}")
+    if path.suffix != ".json":
+        matplotlib()

@@ -100,7 +100,7 @@ def test_curves_that_meet_have_lanes_of_their_own() -> None:
         (["missing.onnx"], "missing.onnx"),
         ([MATTING, "--state", "r1"], "expected INPUT=OUTPUT,..., got 'r1'"),
         ([MATTING, "--state", "r9=r1_out"], "r9"),
-        ([MATTING, "-o", "a.xyz"], "cannot draw 'a.xyz': Format 'xyz' is not supported"),
+        ([MATTING, "-o", "a.xyz"], "-o 'a.xyz': the name must end in .svg, .png, .pdf"),
         ([MATTING, "-o", "nowhere/a.svg"], "cannot write 'nowhere/a.svg': No such file"),
     ],
 )
