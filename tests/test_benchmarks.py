@@ -61,8 +61,8 @@ def test_zoo_quick_claims_hold(tmp_path: pathlib.Path) -> None:
     assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []
 
 
-@pytest.mark.parametrize("name", ["mlorq"])
-def test_quick_claims_of_budgets_hold(name: str, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("name", ["mlorq", "w4a8"])
+def test_quick_claims_of_the_shipped_models_hold(name: str, tmp_path: pathlib.Path) -> None:
     script, result = ROOT / "benchmarks" / f"{name}.py", tmp_path / f"{name}.json"
     command = [sys.executable, str(script), "--quick", "--json", str(result)]
     subprocess.run(command, check=True, capture_output=True)
