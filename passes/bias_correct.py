@@ -21,7 +21,10 @@ from qcompile.pipeline import Context, Pass, Stats
 
 @dataclasses.dataclass(frozen=True)
 class BiasCorrect(Pass):
-    """``b`` becomes ``b + (W - Q) E[x]``, with ``Q`` [N, K] what the codes of ``W`` stand for.
+    """A quantized layer gets ``b + (W - Q) E[x]``, with ``Q`` [N, K] what the codes of ``W`` say.
+
+    It stands beside ``b``, which the layer keeps in float, and takes the place of a bias that an
+    earlier pass fitted.
 
     ``E[x]`` [K] is the mean row of the matrix that the weight is multiplied with: of a Conv a
     patch, its padding included. Behind gptq little is left to correct, since the mean is a part of

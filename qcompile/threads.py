@@ -6,7 +6,6 @@ sums of other parts round otherwise: what gptq writes would differ from machine 
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,18 +19,13 @@ B = TypeVar("B")
 
 def one() -> AbstractContextManager[Any]:
     """Inside it linear algebra has one thread; runtimes of models keep theirs."""
-    return _libraries().limit(limits=1, user_api="blas")
+    for name in ("numpy.linalg", "scipy.linalg"):  # only what is loaded is found
+        importlib.import_module(name)
+    library: Any = threadpoolctl  # untyped
+    return library.ThreadpoolController().limit(limits=1, user_api="blas")
 
 
 def with_one(function: Callable[[A], B], item: A) -> B:
     """``function`` of ``item``, with one thread; for a process of its own."""
     with one():
         return function(item)
-
-
-@functools.cache
-def _libraries() -> Any:
-    for name in ("numpy.linalg", "scipy.linalg"):  # only what is loaded is found
-        importlib.import_module(name)
-    library: Any = threadpoolctl  # untyped
-    return library.ThreadpoolController()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import pathlib
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import threadpoolctl
 from lowering import calibration_of
 
-from qcompile import decisions, graph, patches, pipeline, registry, simulate, text
+from qcompile import decisions, graph, patches, pipeline, registry, simulate, text, threads
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.calibrate import Calibration
 from qcompile.errors import PassError
@@ -209,6 +210,8 @@ def test_linear_algebra_has_one_thread_in_every_pass() -> None:
             assert pools
             return {"threads": max(int(pool["num_threads"]) for pool in pools)}
 
+    with threads.one():  # what is loaded after this is limited as well
+        importlib.import_module("cv2")  # has a pool of its own
     with library.threadpool_limits(2, user_api="blas"):
         [step] = pipeline.run(graphs.graph(graphs.LINEAR), [Counts()], Context())
     assert step.counters == {"threads": 1}
