@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile import blocks, graph, patches
+from qcompile import blocks, graph, mixup, patches
 from qcompile.blocks import Block
 from qcompile.graph import Layer
 from qcompile.passes import gptq
@@ -48,6 +48,8 @@ class Gptaq(Pass):
     * ``damping``: as in gptq, above 0.
     * ``samples``, ``rows``: how many calibration samples, and rows of each, are used at most; the
       eighth that other fits keep apart is not.
+    * ``mixup``: where there are fewer than ``samples``, blends of two make up for some (see
+      ``qcompile.mixup``), if all inputs are floats and no state is carried.
     * ``exclude``: globs over the names and operator types of layers.
     """
 
@@ -63,6 +65,7 @@ class Gptaq(Pass):
     damping: float = 0.1
     samples: int = 64
     rows: int = 128
+    mixup: bool = False
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -77,7 +80,11 @@ class Gptaq(Pass):
         data, excluded = ctx.data(), graph.select(model, self.exclude, "exclude")
         quantized = Quantized(model, ctx.target)
         parts = blocks.partition(model, data.state, "layer")
-        samples, _ = data.to_fit(self.samples)
+        real, _ = data.to_fit(self.samples)
+        apart = range(3, len(real), 4)
+        fit = [number for number in range(len(real)) if number not in apart]
+        mixed = self.mixup
+        samples = mixup.filled(real, self.samples, ctx.rng("mixup"), fit) if mixed else real
         prefix = Prefix(quantized, parts, samples, data.mask)
         left = {layer.node for layer in excluded}
         done = 0
@@ -86,16 +93,17 @@ class Gptaq(Pass):
             for layer in quantized.layers(parts[number]):
                 shared = len(graph.readers(layer.weight.value)) > 1
                 if layer.node not in left and gptq.fits(layer) and not shared:
-                    self._fit(prefix, parts[number], layer)
+                    self._fit(prefix, parts[number], layer, apart)
                     done += 1
             prefix.leave(number, part)
         quantized.write()
         decided = sum(layer.weight.spec is not None for layer in graph.layers(model))
-        return {"layers": done, "left alone": decided - done}
+        blends = len(samples) - len(real)
+        return {"layers": done, "left alone": decided - done, "blends": blends}
 
-    def _fit(self, prefix: Prefix, block: Block, layer: Layer) -> None:
+    def _fit(self, prefix: Prefix, block: Block, layer: Layer, apart: range) -> None:
         quantized = prefix.quantized
-        folds = self._seen(prefix, block, layer)
+        folds = self._seen(prefix, block, layer, apart)
         seen = folds[0] + folds[1]
         biased = layer.bias is not None and graph.is_constant(layer.bias.value)
         job = gptq.job(quantized.model, layer, seen.gram(biased))
@@ -111,8 +119,8 @@ class Gptaq(Pass):
             lost = lost - np.einsum("gnk,gk->gn", rounded, found)
             quantized.biases[layer.name] = (bias + lost.reshape(bias.shape)).astype(bias.dtype)
 
-    def _seen(self, prefix: Prefix, block: Block, layer: Layer) -> tuple[Seen, Seen]:
-        """What the layer reads: of three samples in four, and of the fourth."""
+    def _seen(self, prefix: Prefix, block: Block, layer: Layer, apart: range) -> tuple[Seen, Seen]:
+        """What the layer reads: of all samples but those ``apart``, and of those."""
         import torch
 
         kind = patches.of(layer)
@@ -134,7 +142,7 @@ class Gptaq(Pass):
                 arrays = [array[counted] for array in arrays]
             pairs = (kind.blocks(array, self.rows, draw=number) for array in arrays)
             for both in zip(*pairs, strict=True):
-                folds[number % 4 == 3] += Seen.of(*(np.asarray(p, np.float32) for p in both))
+                folds[number in apart] += Seen.of(*(np.asarray(p, np.float32) for p in both))
         return folds[0], folds[1]
 
 

@@ -51,9 +51,11 @@ class Reconstruct(Pass):
       do if the outputs of the whole model get worse there.
     * ``device``: ``cpu`` or ``cuda``.
 
-    A block with an operator that torch cannot run here is left as it was, and counted; ``brecq``
-    raises PassError for it. With another number of threads sums round otherwise, and codes may
-    differ. With ``--resume`` an interrupted run goes on behind the last block that was fitted.
+    Of a block with an operator that torch cannot run here the layers are fitted one by one; if it
+    cannot be divided (a state is carried through it) it is left as it was, and counted. ``brecq``
+    raises PassError for such an operator. With another number of threads sums round otherwise, and
+    codes may differ. With ``--resume`` an interrupted run goes on behind the last block that was
+    fitted.
     """
 
     name: ClassVar[str] = "reconstruct"
@@ -90,7 +92,11 @@ class Reconstruct(Pass):
         data = ctx.data()
         samples, kept = data.to_fit(self.samples)
         quantized = Quantized(model, ctx.target, self.device)
-        parts = blocks.partition(model, samples.state, self.granularity)
+        lacking = [node for node in model.graph if torch_exec.missing([node])]
+        for node in lacking:
+            said = ", ".join(torch_exec.missing([node]))
+            ctx.log(f"{node.name}: torch cannot run {said}; layers around it are fitted one by one")
+        parts = blocks.partition(model, samples.state, self.granularity, alone=lacking)
         plain, prefix, apart = (
             Prefix(quantized, parts, some, data.mask) for some in (kept, samples, kept)
         )
@@ -105,10 +111,9 @@ class Reconstruct(Pass):
         for number in map(int, ctx.progress(range(len(parts)), "blocks", len(parts))):
             engine.enter(number)
             arrays = ctx.checkpoint(f"block {number}", lambda n=number: _arrays(engine.fit(n)))
-            lacking = torch_exec.missing(parts[number].nodes)
-            if lacking and quantized.layers(parts[number]):
+            if quantized.layers(parts[number]) and torch_exec.missing(parts[number].nodes):
                 left += 1
-                ctx.log(f"{parts[number].name}: left, torch cannot run {', '.join(lacking)}")
+                ctx.log(f"{parts[number].name}: left, it cannot be divided")
             if arrays:
                 fitted = Fitted.from_arrays(arrays)
                 quantized.codes |= fitted.codes

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import networkx as nx
@@ -53,6 +54,7 @@ def partition(
     state: Mapping[str, str] | None = None,
     granularity: Granularity = "block",
     most: int = MOST_LAYERS,
+    alone: Collection[ir.Node] = (),
 ) -> list[Block]:
     """The blocks of the main graph, each behind those that it reads from.
 
@@ -62,15 +64,17 @@ def partition(
     layer is one. What is no layer goes to the block that it reads from, or else to the one that
     reads it. Blocks that need each other's outputs, in one run or over ``state`` in the next, are
     one, however many layers are on a path from the input of a state to its output.
+
+    Nodes of ``alone`` are kept apart from layers, and what would be one block around one of them is
+    divided into layers.
     """
     flow = _flow(model, state or {})
     together: Any = UnionFind(flow)  # untyped
     if granularity == "block":
-        for region in _modules(flow, most):
-            together.union(*region)
-        for region in _joined(flow, most):
-            together.union(*region)
-    _attach(flow, together)
+        for region in itertools.chain(_modules(flow, most), _joined(flow, most)):
+            if not set(alone).intersection(region):
+                together.union(*region)
+    _attach(flow, together, set(alone))
     readers = _readers(model)
     edges = [*flow.edges, *_carried(model, flow, readers, state or {})]
     parts = [set(part) for part in together.to_sets()]
@@ -174,9 +178,9 @@ def _readers(model: ir.Model) -> Mapping[ir.Value, set[ir.Node]]:
     return found
 
 
-def _attach(flow: nx.DiGraph[ir.Node], together: Any) -> None:
+def _attach(flow: nx.DiGraph[ir.Node], together: Any, alone: set[ir.Node]) -> None:
     """Put parts without a layer to what they read from, or else to their reader, if it is one."""
-    parts = [part for part in map(set, together.to_sets()) if not _size(part)]
+    parts = [part for part in map(set, together.to_sets()) if not _size(part) and not part & alone]
     place = {node: index for index, node in enumerate(flow)}
     parts.sort(key=lambda part: min(place[node] for node in part))
     left: list[set[ir.Node]] = []

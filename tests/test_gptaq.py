@@ -48,6 +48,16 @@ def test_the_error_falls_as_bits_rise() -> None:
     assert found == sorted(found, reverse=True) and found[0] > 10 * found[-1]
 
 
+def test_blends_fill_up_few_samples() -> None:
+    data, codes = fits.calibration(14), set[str]()
+    for options, blends in [("", 0), ("{mixup=true}", 20), ("{mixup=true samples=18}", 5)]:
+        model = fits.shipped(fashion.CNN)
+        *_, step = fits.run(model, f"{fits.FOUR},gptaq{options}", data)
+        assert step.counters["blends"] == blends
+        codes.add(text.render(model, weights=True))
+    assert len(codes) == 3
+
+
 def test_codes_and_biases_alone_are_rewritten() -> None:
     model = graphs.graph(graphs.CHAIN)
     data, floats = fits.correlated(model), model.clone()
@@ -98,7 +108,7 @@ def test_what_it_cannot_fit_is_left_and_counted() -> None:
         fits.run(model, DECIDE, data)
         before = text.render(model, weights=True)
         [step] = fits.run(model, f"gptaq{options}", data)
-        assert step.counters == {"layers": 0, "left alone": left}
+        assert step.counters == {"layers": 0, "left alone": left, "blends": 0}
         assert text.render(model, weights=True) == before
 
 

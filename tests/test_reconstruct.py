@@ -197,17 +197,21 @@ REGIONS = """(float[1,4,8,8] x) => (float[2,4,4,4] y) <float[4,4,3,3] u, float[4
     g = RoiAlign<output_height=4,output_width=4>(h, r, i) y = Conv(g, w) }"""
 
 
-def test_a_block_with_an_operator_that_torch_lacks_is_left_and_said() -> None:
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+def test_around_an_operator_that_torch_lacks_layers_are_fitted_one_by_one(granularity: str) -> None:
     said: list[str] = []
     model = graphs.graph(REGIONS)
-    data = fits.correlated(model)
-    [*_, step] = fits.run(
-        model, f"{DECIDE},reconstruct{{method=adaround steps=80 rate=0.03}}", data, said=said
-    )
-    assert step.counters["left alone"] == 1 and step.counters["blocks"] == 2
-    assert "h: left, torch cannot run RoiAlign" in said
-    fitted_layers = [layer.weight.spec.codes for layer in graph.layers(model) if layer.weight.spec]
-    assert [bool(codes) for codes in fitted_layers] == [True, False, True]
+    data, reference = fits.correlated(model), model.clone()
+    options = f"method=adaround steps=80 rate=0.03 granularity={granularity}"
+    [*_, step] = fits.run(model, f"{DECIDE},reconstruct{{{options}}}", data, said=said)
+    assert step.counters["left alone"] == 0 and step.counters["blocks"] == 3
+    assert any("torch cannot run RoiAlign; layers around it" in line for line in said)
+    codes = [layer.weight.spec.codes for layer in graph.layers(model) if layer.weight.spec]
+    assert len(codes) == 3 and any(codes)
+    nearest = reference.clone()
+    fits.run(nearest, DECIDE, data)
+    one, other = (fits.noise(reference, m, data.judges) for m in (nearest, model))
+    assert other < one
 
 
 def test_brecq_refuses_an_operator_without_a_gradient() -> None:

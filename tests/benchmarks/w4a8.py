@@ -47,8 +47,9 @@ FITS = {
         "nearest": "",
         "gptq": "gptq{damping=0.1}",
         "reconstruct": "reconstruct",
-        "gptaq": "gptaq{damping=0.3}",
-        "gptaq, gains a channel": "gptaq{damping=0.3},"
+        "gptaq": "gptaq{damping=0.3 rows=256}",
+        "gptaq, mixup": "gptaq{damping=0.3 rows=256 samples=128 mixup=true}",
+        "gptaq, gains a channel": "gptaq{damping=0.3 rows=256},"
         "calibrate-affine{gains=channel rate=0.0003 steps=100}",
     },
     8: {"nearest": "", "gptq": "gptq", "gptaq": "gptaq{damping=0.01}"},
