@@ -50,7 +50,7 @@ def test_the_error_falls_as_bits_rise() -> None:
 
 def test_blends_fill_up_few_samples() -> None:
     data, codes = fits.calibration(14), set[str]()
-    for options, blends in [("", 0), ("{mixup=true}", 20), ("{mixup=true samples=18}", 5)]:
+    for options, blends in [("", 0), ("{mixup=true}", 16), ("{mixup=true samples=18}", 8)]:
         model = fits.shipped(fashion.CNN)
         *_, step = fits.run(model, f"{fits.FOUR},gptaq{options}", data)
         assert step.counters["blends"] == blends
