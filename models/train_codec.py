@@ -3,7 +3,7 @@
     python -m qcompile.models.train_codec --out FOLDER [--steps N] [--seed N]
 
 Needs the extras ``torch`` and ``public`` and the package foolbox (``qcompile fetch foolbox``). The
-highest rate is trained from nothing, each lower one from the next higher in a quarter of the steps.
+highest rate is trained from nothing, each lower one from the next higher in an eighth of the steps.
 A run that was stopped goes on where it was when it is started again. One thread and a fixed seed
 make a run repeatable on one machine with one version of torch.
 
@@ -41,7 +41,7 @@ from qcompile import capture, graph
 from qcompile.models import codec, train_fashion
 from qcompile.models.codec import LIKELIHOODS, MODELS, SIZE, TRADES, Array
 
-STEPS, SHARE = 8000, 4  # of the first point; one part in SHARE for each of the others
+STEPS, SHARE = 8000, 8  # of the first point; one part in SHARE for each of the others
 BATCH, RATE, WARMUP = 4, 1e-3, 100
 CROPS = 4000  # to train with, kept as bytes
 KEPT = 500  # steps between states that are written
@@ -112,6 +112,16 @@ class Codec(nn.Module):
         with torch.no_grad():
             self.blocks.weight.copy_(components * 255 / STEP)
             self.unblocks.weight.copy_(components * STEP / 255)
+
+    def coarsen(self, factor: float) -> None:
+        """Latents of ``factor`` times the size, which the decoder undoes but for their rounding."""
+        layer: Any
+        with torch.no_grad():
+            for layer in (self.blocks, self.analysis[-1], self.hyper_synthesis[-1]):
+                for each in layer.parameters():
+                    each[:LATENT] *= factor  # of the last, those of the means
+            for layer in (self.unblocks, self.synthesis[0], self.hyper_analysis[0]):
+                layer.weight /= factor
 
     def coded(self, latent: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """What the decoder gets, and its likelihoods."""
@@ -270,14 +280,17 @@ def main() -> None:
     rows = training(arguments.seed)
     model.start(rows)
     model = model.to(memory_format=torch.channels_last)  # faster on a CPU
-    first = True
+    before = 0.0
     for name, trade in reversed(list(zip(MODELS, TRADES, strict=True))):
         file = arguments.out / name
-        steps = arguments.steps if first else arguments.steps // SHARE
-        peak = RATE if first else RATE / 2
+        steps, peak = arguments.steps, RATE
+        if before:
+            steps, peak = steps // SHARE, RATE / 2
+            # A step of a latent at its best is to the power of -1/2 of what errors count for.
+            model.coarsen((trade / before) ** 0.5)
         train(model, trade, rows, steps, peak, arguments.seed, file.with_suffix(".pt"))
         export(model, file)
-        first = False
+        before = trade
     images = np.stack(list(codec.crops("calibration", 16)))
     np.savez_compressed(arguments.out / codec.CALIBRATION, image=images)
     count = len(codec.pictures("judge"))

@@ -11,8 +11,10 @@ in the paper. Weights alone are quantized, all of them, one scale a channel by m
 rounded to the nearest; bits are those of codes on average. The BD-rate is against float: how many
 percent more bits the four rate points take for the same PSNR on crops of the judge pictures. It is
 the mean over ``--seeds`` draws of 16 calibration crops, with the least and the greatest, and the
-95 % interval of a bootstrap over the pictures at the first draw. Shares are forward passes over the
-crops against one for each width of each layer. ``--plot`` draws the curves at 3 bits.
+95 % interval of a bootstrap over the pictures at the first draw; the interval of the claim is that
+of the ratio. The loss beside it is how much that of training grows, a mean over the points. Shares
+are forward passes over the crops against one for each width of each layer, at the first draw.
+``--plot`` draws the curves at 3 bits.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from qcompile import pareto, pipeline, plotting, registry
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.calibrate import Calibration
 from qcompile.capture import capture
+from qcompile.errors import CalibrationError
 from qcompile.execute import Session
 from qcompile.models import codec
 from qcompile.models.codec import Quality
@@ -44,7 +47,8 @@ from qcompile.ports import inputs_of
 from qcompile.sources import load
 
 Images = list[npt.NDArray[np.float32]]  # of each picture, [crops, 3, height, width]
-UNIFORM, FMPQ, KNAPSACK = "uniform", "fmpq", "knapsack"
+UNIFORM, FMPQ = "uniform", "fmpq"
+ENDS = "uniform, ends in 8 bits"  # the rule of thumb; above the budget
 POINTS = range(1, len(codec.MODELS) + 1)
 SWEEP = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0)  # budgets whose sizes are compared
 CROPS = 16  # to calibrate with
@@ -67,7 +71,11 @@ class Coded:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A choice over all rate points: the mean of ``bd_rate`` in percent over draws."""
+    """A choice over all rate points; ``bd_rate`` and ``loss`` are means over draws, in percent.
+
+    ``loss`` is how much the rate-distortion loss grows, a mean over the points. It is finite where
+    a BD-rate is not, because curves share no PSNR.
+    """
 
     choice: str
     budget: float
@@ -75,6 +83,7 @@ class Curve:
     bits: float
     stored_mb: float
     share: float
+    loss: float
     bd_rate: float
     span: tuple[float, float]
     interval: tuple[float, float]
@@ -90,9 +99,10 @@ def choices(budget: float, point: int, quick: bool) -> dict[str, str]:
     listed = {
         UNIFORM: f"quantize{{weight=int{budget:g} input=float method=mse}}",
         FMPQ: f"{assign} method=fmpq {loss}}}",
-        KNAPSACK: f"{assign} {loss}}}",
+        "knapsack": f"{assign} {loss}}}",
         "knapsack, noise to signal": f"{assign}}}",
         "greedy": f"{assign} method=greedy {loss}}}",
+        ENDS: f"quantize{{weight=int{budget:g} input=float method=mse ends=int8}}",
     }
     return {name: listed[name] for name in (UNIFORM, FMPQ)} if quick else listed
 
@@ -121,21 +131,27 @@ def coded(budgets: Sequence[float], draws: int, quick: bool) -> list[Coded]:
         rows.append(Coded(point, "float", 32, 0, 32.0, 0.0, 0.0, "", judged(model, images)))
         for draw in range(draws):
             crops = ({"image": each[None]} for each in codec.crops("calibration", CROPS, draw))
-            data = load(crops, inputs_of(model))
+            data = Calibration(load(crops, inputs_of(model)))
             for budget in budgets:
                 for choice, text in choices(budget, point, quick).items():
-                    if choice != UNIFORM or draw == 0:  # which no data decide
-                        rows.append(one(model, text, data, images, (point, choice, budget, draw)))
+                    if draw == 0 or choice not in (UNIFORM, ENDS):  # which no data decide
+                        # At the first draw every row pays for what it measures.
+                        own = data if draw else Calibration(data.data)
+                        rows.append(one(model, text, own, images, (point, choice, budget, draw)))
                         print(rows[-1].choice, point, budget, draw, file=sys.stderr, flush=True)
     return rows
 
 
 def one(
-    model: ir.Model, text: str, data: Any, images: Images, what: tuple[int, str, float, int]
+    model: ir.Model,
+    text: str,
+    data: Calibration,
+    images: Images,
+    what: tuple[int, str, float, int],
 ) -> Coded:
-    """``model`` decided by the pass ``text`` and lowered; every row pays for its own costs."""
+    """``model`` decided by the pass ``text`` and lowered."""
     decided = model.clone()
-    context = Context(calibration=Calibration(data), target=OrtCpu(), reference=model)
+    context = Context(calibration=data, target=OrtCpu(), reference=model)
     [step] = pipeline.run(decided, pipeline.parse(text, registry.passes()), context)
     bits, stored = pareto.bits_of(model, decided), pareto.stored_of(decided)
     pipeline.run(decided, pipeline.parse("insert-qdq", registry.passes()), context)
@@ -171,11 +187,34 @@ def qualities(rows: Iterable[Coded], picks: npt.NDArray[np.intp] | None = None) 
     return [Quality(*map(float, (e if picks is None else e[picks]).mean(0))) for e in every]
 
 
+def bd_rate(base: Sequence[Quality], other: Sequence[Quality]) -> float:
+    """That of ``codec``; infinite where no rate of ``other`` buys the PSNR of ``base``."""
+    try:
+        return codec.bd_rate(base, other)
+    except CalibrationError:
+        return float("inf")
+
+
+def growth(base: Sequence[Quality], other: Sequence[Quality]) -> float:
+    """How much the loss of each point grows in percent, on average."""
+    losses = [
+        [point.bpp + trade * point.mse for point, trade in zip(points, codec.TRADES, strict=True)]
+        for points in (base, other)
+    ]
+    return float(100 * np.mean(np.array(losses[1]) / losses[0] - 1))
+
+
 def resampled(reference: Sequence[Coded], rows: Sequence[Coded]) -> npt.NDArray[np.float64]:
     """BD-rates over drawn pictures, the same ones for all choices."""
     random, count = np.random.default_rng(0), len(reference[0].pictures)
     picks = random.integers(0, count, (1000, count))
-    return np.array([codec.bd_rate(qualities(reference, p), qualities(rows, p)) for p in picks])
+    return np.array([bd_rate(qualities(reference, p), qualities(rows, p)) for p in picks])
+
+
+def interval(drawn: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Where 95 % of what was ``drawn`` lie; of values that were drawn, since some are infinite."""
+    low, high = np.percentile(drawn, [2.5, 97.5], method="nearest")
+    return float(low), float(high)
 
 
 def curves(rows: Sequence[Coded]) -> tuple[list[Curve], dict[tuple[str, float], Any]]:
@@ -189,15 +228,16 @@ def curves(rows: Sequence[Coded]) -> tuple[list[Curve], dict[tuple[str, float], 
         mine = [row for row in rows if (row.choice, row.budget) == (choice, budget)]
         draws = sorted({row.draw for row in mine})
         by_draw = [[row for row in mine if row.draw == draw] for draw in draws]
-        lost = [codec.bd_rate(qualities(reference), qualities(each)) for each in by_draw]
+        base, found_by_draw = qualities(reference), [qualities(each) for each in by_draw]
+        lost = [bd_rate(base, each) for each in found_by_draw]
         drawn[choice, budget] = resampled(reference, by_draw[0])
-        low, high = np.percentile(drawn[choice, budget], [2.5, 97.5])
         found.append(
             Curve(
                 choice, budget, len(draws), float(np.mean([row.bits for row in mine])),
                 float(np.mean([row.stored_mb for row in mine])),
-                float(np.mean([row.share for row in mine])), float(np.mean(lost)),
-                (min(lost), max(lost)), (float(low), float(high)),
+                float(np.mean([row.share for row in by_draw[0]])),
+                float(np.mean([growth(base, each) for each in found_by_draw])),
+                float(np.mean(lost)), (min(lost), max(lost)), interval(drawn[choice, budget]),
             )
         )  # fmt: skip
     return found, drawn
@@ -212,6 +252,8 @@ def codec_claims(
     """What must hold, and what FMPQ says of itself."""
     found: list[Claim] = []
     for choice, budget in dict.fromkeys((r.choice, r.budget) for r in rows if r.budget < 32):
+        if choice == ENDS:
+            continue
         worst = max(r.bits for r in rows if (r.choice, r.budget) == (choice, budget))
         where = f"codec, {choice}, {budget:g} bits"
         found.append(Claim(f"{where}: within the budget", worst <= budget, worst, budget))
@@ -225,11 +267,10 @@ def codec_claims(
         if choice == FMPQ:
             where = f"codec, fmpq, {budget:g} bits"
             half = by[UNIFORM, budget].bd_rate / 2
-            ratio = drawn[FMPQ, budget] / np.maximum(drawn[UNIFORM, budget], 1e-9)
-            low, high = (float(v) for v in np.percentile(ratio, [2.5, 97.5]))
+            ratios = drawn[FMPQ, budget] / np.maximum(drawn[UNIFORM, budget], 1e-9)
             said = f"{where}: BD-rate at most half of that of one width"
             found.append(
-                Claim(said, line.bd_rate <= half, line.bd_rate, half, (low, high), line.draws)
+                Claim(said, line.bd_rate <= half, line.bd_rate, half, interval(ratios), line.draws)
             )
             share = f"{where}: share of the passes of a table"
             found.append(Claim(share, line.share < 1, line.share, 1.0, seeds=line.draws))
@@ -240,13 +281,13 @@ def codec_table(lines: Sequence[Curve], rows: Sequence[Coded]) -> list[Table]:
     """The curves for people, and the points in float."""
     shown = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     shown.add_column("codec")
-    for column in ("bits", "MB", "BD-rate %", "of draws", "of pictures", "draws", "of table"):
+    for column in ("bits", "MB", "loss %", "BD-rate %", "of draws", "of pictures", "of table"):
         shown.add_column(column, justify="right")
     for line in sorted(lines, key=lambda line: line.budget):
         shown.add_row(
             line.choice, f"{line.bits:.2f} of {line.budget:g}", f"{line.stored_mb:.3f}",
-            f"{line.bd_rate:+.1f}", "[{:+.1f}, {:+.1f}]".format(*line.span),
-            "[{:+.1f}, {:+.1f}]".format(*line.interval), str(line.draws), f"{line.share:.0%}",
+            f"{line.loss:+.1f}", f"{line.bd_rate:+.1f}", "[{:+.1f}, {:+.1f}]".format(*line.span),
+            "[{:+.1f}, {:+.1f}]".format(*line.interval), f"{line.share:.0%}",
         )  # fmt: skip
     points = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     points.add_column("float")
