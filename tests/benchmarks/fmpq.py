@@ -327,7 +327,7 @@ def main() -> int:
     parser.add_argument("--plot", type=pathlib.Path, help="draw the curves of the codec (.png)")
     arguments = parser.parse_args()
     if arguments.plot:
-        plotting.check_ending(arguments.plot, (".png", ".svg"))
+        plotting.check_ending(arguments.plot, (".png", ".svg"), "--plot")
     works = SHIPPED if arguments.quick else (*SHIPPED, MINILM, LITE0)
     word = (arguments.only or "").lower()
     rows: list[mlorq.Row] = []
