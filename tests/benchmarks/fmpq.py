@@ -13,8 +13,9 @@ BD-rate is against float: how many percent more bits the four rate points take f
 crops of the judge pictures. It is the mean over ``--seeds`` draws of 16 calibration crops, with the
 least and the greatest, and the 95 % interval of a bootstrap over the pictures at the first draw;
 the interval of the claim is that of the ratio. It is infinite where curves share no PSNR. The loss
-beside it is how much that of training grows, a mean over the points. Shares are forward passes over the crops against one for each width
-of each layer, at the first draw. ``--plot`` draws the curves at 3 bits.
+beside it is how much that of training grows, a mean over the points. Shares are forward passes over
+the crops against one for each width of each layer, at the first draw. ``--plot`` draws the curves
+at 3 bits.
 """
 
 from __future__ import annotations
