@@ -22,12 +22,12 @@ def matplotlib() -> Any:
     return library
 
 
-def check_ending(path: pathlib.Path, endings: Sequence[str]) -> None:
+def check_ending(path: pathlib.Path, endings: Sequence[str], option: str = "-o") -> None:
     """Raise QCompileError for a file whose name ends in none of ``endings``, before any work.
 
     Also if it is a picture and matplotlib is missing.
     """
     if path.suffix not in endings:
-        raise QCompileError(f"-o {str(path)!r}: the name must end in {', '.join(endings)}")
+        raise QCompileError(f"{option} {str(path)!r}: the name must end in {', '.join(endings)}")
     if path.suffix != ".json":
         matplotlib()
