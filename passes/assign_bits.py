@@ -19,17 +19,11 @@ import onnx_ir as ir
 from qcompile import factors, graph, sensitivity
 from qcompile.assignment import Assigned, Assigner, Budget, Costs, Items, Pairs
 from qcompile.calibrate import Calibration, content_keys
+from qcompile.deciding import WEIGHTED, Granularity, Weights, decide_input, decide_weights
 from qcompile.errors import PassError
 from qcompile.factors import Weigh
 from qcompile.numerics import RangeMethod
 from qcompile.passes.gptq import Gptq
-from qcompile.passes.quantize import (
-    WEIGHTED,
-    Granularity,
-    Quantize,
-    decide_input,
-    decide_weights,
-)
 from qcompile.pipeline import Context, Pass, Stats
 from qcompile.sources import Data
 
@@ -149,8 +143,8 @@ class AssignBits(Pass):
         metric = sensitivity.metric(self.metric)
         return Costs(items, sensitivity.Sensitivity(kept, samples, metric))
 
-    def _how(self) -> Quantize:
-        return Quantize("int8", "float", self.granularity, self.block, self.range)
+    def _how(self) -> Weights:
+        return Weights("int8", self.granularity, self.block, self.range)
 
     def _decide(self, model: ir.Model, items: Items, found: Assigned, ctx: Context) -> None:
         by_width: dict[int, list[graph.Layer]] = {}
@@ -164,7 +158,7 @@ class AssignBits(Pass):
                 inner = factors.split(model, layers[0], items.factors[item].cut(choice.rank))
                 by_width.setdefault(choice.inner, []).append(inner)
         for bits, layers in sorted(by_width.items()):
-            how = dataclasses.replace(self._how(), weight=f"int{bits}")
+            how = dataclasses.replace(self._how(), format=f"int{bits}")
             decide_weights(model, layers, how, ctx)
             for layer in layers:
                 if layer.input is not None and self.input != "float":

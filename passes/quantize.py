@@ -6,26 +6,21 @@ The baseline every method is measured against (Nagel et al., arXiv 2106.08295, s
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import numpy as np
 import onnx_ir as ir
 
-from qcompile import graph, noise, numerics
+from qcompile import graph, numerics
+from qcompile.deciding import WEIGHTED, Granularity, Weights, decide_input, decide_weights
 from qcompile.errors import PassError
 from qcompile.graph import Layer
-from qcompile.numerics import Floats, Grid, IntFormat, RangeMethod
+from qcompile.numerics import RangeMethod
 from qcompile.pipeline import Context, Pass, Stats
-from qcompile.spec import TensorSpec
 
-# The kinds of layers with one constant weight that is multiplied with an activation.
-WEIGHTED = ("conv", "depthwise", "conv-transpose", "linear")
 # How many times ``least`` all layers below it may have.
 _TOGETHER = 20
-Granularity = Literal["tensor", "channel", "block"]
 Scale = Literal["static", "dynamic"]
 
 
@@ -127,8 +122,9 @@ class Quantize(Pass):
         weighted = [layer for layer in weighted if layer.node not in spared]
         ends = graph.ends(model, WEIGHTED) if self._of_ends(self.weight) else frozenset[ir.Node]()
         if self.weight != "float":
-            last = dataclasses.replace(self, weight=self.ends) if ends else self
-            decide_weights(model, [x for x in weighted if x.node not in ends], self, ctx)
+            how = Weights(self.weight, self.granularity, self.block, self.method)
+            last = dataclasses.replace(how, format=self.ends) if ends else how
+            decide_weights(model, [x for x in weighted if x.node not in ends], how, ctx)
             decide_weights(model, [x for x in weighted if x.node in ends], last, ctx)
         tables = [layer for layer in chosen if layer.kind == "embedding"]
         if self.embedding != "float":
@@ -179,122 +175,14 @@ class Quantize(Pass):
                 )
         return found
 
-    def _for_tables(self) -> Quantize:
+    def _for_tables(self) -> Weights:
         """How a table is decided, as if it were a weight."""
         narrow = numerics.parse_format(self.embedding).bits <= 4
         granularity: Granularity = "block" if narrow else "channel"
-        return dataclasses.replace(self, weight=self.embedding, granularity=granularity)
+        return Weights(self.embedding, granularity, self.block, self.method)
 
 
 def _shares(parts: Sequence[int]) -> list[float]:
     """Each part in percent of all."""
     whole = max(sum(parts), 1)
     return [100 * part / whole for part in parts]
-
-
-def decide_input(use: graph.Use, form: str, dynamic: bool = False, symmetric: bool = False) -> None:
-    """Write the spec of an activation.
-
-    Raises PassError if it has no range for a static scale, and for a dynamic one below 8 bits.
-    """
-    if dynamic:
-        if numerics.parse_format(form).bits < 8:
-            raise PassError(f"scale=dynamic has 8 bits, not {form}: no kernel rounds to fewer")
-        use.decide(TensorSpec(form, symmetric=False, scale_from="tensor"))
-        return
-    name = graph.range_name(use.value)
-    if name is None:
-        kind = "" if use.node.op_type != "Conv" else ": a Conv takes no scale at run time"
-        raise PassError(f"{use.value.name!r} has no range; calibrate first{kind}")
-    use.decide(TensorSpec(form, symmetric=symmetric, range=name))
-
-
-def decide_weights(model: ir.Model, layers: list[Layer], how: Quantize, ctx: Context) -> None:
-    """Write specs and scales of the weights of ``layers``, ranges searched as ``how`` says."""
-    if not layers:
-        return
-    form = numerics.parse_format(how.weight)
-    blocks = _divided(layers, how.block)
-    seen = powers(model, layers, ctx) if how.method == "output" else {}
-    # One weight at a time, for a model larger than memory.
-    jobs = (
-        _Job(
-            graph.finite_weight(layer).astype(np.float32, copy=False), *_axes(layer, how, blocks),
-            seen.get(layer.name),
-        )
-        for layer in layers
-    )  # fmt: skip
-    search = functools.partial(_grid, form=form, method=how.method)
-    quick = how.method == "minmax"
-    grids = map(search, jobs) if quick else ctx.map(search, jobs, "weights", len(layers))
-    made: dict[tuple[ir.Value, int | None, int | None], TensorSpec] = {}
-    for layer, grid in zip(layers, grids, strict=True):
-        key = (layer.weight.value, grid.axis, grid.block)
-        if key not in made:
-            scale = graph.add_constant(model, f"{layer.weight.value.name}/scale", grid.scale)
-            made[key] = TensorSpec(how.weight, grid.axis, grid.block, scale=scale.name or "")
-        layer.weight.decide(made[key])
-
-
-_BLOCKED = ("linear", "embedding")
-
-
-def _divided(layers: Sequence[Layer], block: int) -> Callable[[Layer], bool]:
-    """Which layers have blocks: those that ``block`` divides; all if it divides none, an error."""
-    shapes = {layer.node: graph.shape_of(layer.weight.value) for layer in layers}
-
-    def divides(layer: Layer) -> bool:
-        shape = shapes[layer.node]
-        return shape is not None and shape[layer.reduce_axis] % block == 0
-
-    if any(divides(layer) for layer in layers if layer.kind in _BLOCKED):
-        return divides
-    return lambda _: True
-
-
-def _axes(
-    layer: Layer, how: Quantize, blocks: Callable[[Layer], bool]
-) -> tuple[int | None, int | None]:
-    """Axis and block of the scales of a weight."""
-    if how.granularity == "tensor":
-        return None, None
-    if how.granularity == "block" and layer.kind in _BLOCKED and blocks(layer):
-        return layer.reduce_axis, how.block
-    return layer.channel_axis, None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """A weight, axis and block of its scales, and the importance of its elements."""
-
-    array: Floats
-    axis: int | None
-    block: int | None
-    importance: Floats | None
-
-
-def _grid(job: _Job, form: IntFormat, method: RangeMethod) -> Grid:
-    method = "mse" if method == "output" and job.importance is None else method
-    return numerics.weight_grid(
-        job.array, form, job.axis, job.block, method=method, importance=job.importance
-    )
-
-
-# Samples that say what weights are multiplied with.
-_SAMPLES = 64
-
-
-def powers(model: ir.Model, layers: Sequence[Layer], ctx: Context) -> dict[str, Floats]:
-    """The mean square of what each weight is multiplied with, by layer, to broadcast to it."""
-    read = {
-        layer.name: (layer, layer.input.value.name or "", graph.shape_of(layer.weight.value))
-        for layer in layers
-        if layer.input is not None and layer.kind in ("conv", "depthwise", "linear")
-    }
-    axes = {value: noise.channel_axis(layer) for layer, value, _ in read.values()}
-    moments = ctx.data().moments(model, axes, _SAMPLES)
-    return {
-        name: noise.along_input(layer, moments[value].power.astype(np.float32), shape)
-        for name, (layer, value, shape) in read.items()
-        if shape is not None
-    }

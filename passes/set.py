@@ -8,15 +8,10 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qcompile import graph, numerics, spec
+from qcompile.deciding import Granularity, Weights, decide_input, decide_weights
 from qcompile.errors import PassError
 from qcompile.numerics import RangeMethod
-from qcompile.passes.quantize import (
-    Granularity,
-    Quantize,
-    Scale,
-    decide_input,
-    decide_weights,
-)
+from qcompile.passes.quantize import Scale
 from qcompile.pipeline import Context, Pass, Stats
 
 
@@ -90,7 +85,7 @@ class Set(Pass):
                     decide_input(use, self.input, self.scale == "dynamic")
         if self.weight not in ("float", "keep"):
             weighted = [layer for layer in chosen if graph.is_constant(layer.weight.value)]
-            how = Quantize(self.weight, "float", self.granularity, self.block, self.method)
+            how = Weights(self.weight, self.granularity, self.block, self.method)
             decide_weights(model, weighted, how, ctx)
         for layer in chosen:
             if not spec.all_specs(layer.node):

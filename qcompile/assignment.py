@@ -13,11 +13,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile import decisions, factors, graph, numerics, patches, solve
+from qcompile.deciding import Weights, decide_weights, powers
 from qcompile.errors import PassError
 from qcompile.factors import Factors
 from qcompile.graph import Layer
 from qcompile.numerics import Floats, Grid
-from qcompile.passes.quantize import Quantize, decide_weights, powers
 from qcompile.pipeline import Context, Pass
 from qcompile.sensitivity import Sensitivity
 from qcompile.spec import TensorSpec
@@ -118,7 +118,7 @@ class Items:
         model: ir.Model,
         layers: Sequence[Layer],
         bits: Sequence[int],
-        how: Quantize,
+        how: Weights,
         ctx: Context,
         pairs: Pairs | None = None,
         fit: Pass | None = None,
@@ -200,7 +200,7 @@ class Items:
             model = self.model.clone()
             names = {layer.name for readers in self.readers for layer in readers}
             layers = [layer for layer in graph.layers(model) if layer.name in names]
-            how = dataclasses.replace(self.how, weight=f"int{bits}")
+            how = dataclasses.replace(self.how, format=f"int{bits}")
             decide_weights(model, layers, how, self.ctx)
             if self.fit is not None:
                 self.fit.run(model, self.ctx)

@@ -20,9 +20,9 @@ from qcompile import sensitivity as sensitivities
 from qcompile.assignment import Assigner, Budget, Costs, Items, Pairs
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.calibrate import Calibration
+from qcompile.deciding import Weights
 from qcompile.errors import PassError, PipelineSyntaxError, QCompileError
 from qcompile.models import fashion
-from qcompile.passes.quantize import Quantize
 from qcompile.pipeline import Context
 from qcompile.ports import inputs_of
 from qcompile.sensitivity import Sensitivity
@@ -73,7 +73,7 @@ def assigner(budget: str, pairs: Pairs | None = None) -> Assigner:
     layers = [layer for layer in graph.layers(model) if layer.kind in ("conv", "linear")]
 
     def make() -> Costs:
-        items = Items(model, layers, (2, 3, 4, 6, 8), Quantize("int8", "float"), context, pairs)
+        items = Items(model, layers, (2, 3, 4, 6, 8), Weights("int8"), context, pairs)
         return Costs(items, Sensitivity(model, data.samples.some(4), sensitivities.metric("nsr")))
 
     costs = data.once(f"test {pairs}", make)
@@ -212,7 +212,7 @@ def test_layers_that_share_a_weight_share_its_width_and_pay_for_it_once() -> Non
 def test_luck_below_zero_wins_no_layer_its_bits() -> None:
     model, data = tiny()
     context = Context(calibration=data, target=OrtCpu())
-    items = Items(model, list(graph.layers(model)), (2, 4, 8), Quantize("int8", "float"), context)
+    items = Items(model, list(graph.layers(model)), (2, 4, 8), Weights("int8"), context)
     noise = iter(itertools.cycle([0.01, -0.02, 0.005, -0.001]))
     measure = Sensitivity(model, data.samples, lambda _: next(noise))
     table = Assigner(Costs(items, measure), [Budget("bits", 8)], full=True).costs.table()

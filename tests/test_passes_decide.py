@@ -11,10 +11,11 @@ from qcompile import decisions as deciding
 from qcompile import execute, noise, numerics, pipeline, registry, spec, text
 from qcompile import graph as graphs
 from qcompile.calibrate import Calibration
+from qcompile.deciding import Granularity
 from qcompile.errors import CalibrationError, PassError
 from qcompile.numerics import ActivationMethod, IntFormat, RangeMethod
 from qcompile.passes.calibrate import Calibrate
-from qcompile.passes.quantize import Granularity, Quantize
+from qcompile.passes.quantize import Quantize
 from qcompile.passes.set import Set
 from qcompile.pipeline import Context, Pass, Stats
 from qcompile.sources import Data
