@@ -11,7 +11,7 @@ import abc
 import dataclasses
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
@@ -26,6 +26,7 @@ from qcompile.backends.lowering import (
     Rule,
 )
 from qcompile.errors import TargetError
+from qcompile.timing import Timing
 
 if TYPE_CHECKING:
     from qcompile.calibrate import Calibration
@@ -143,7 +144,7 @@ class Target(abc.ABC):
 
     def check_measure(self) -> None:
         """Raise TargetError if this machine is not the one that the target is for."""
-        raise TargetError(f"{self.name} does not run here: --measure has nothing to measure")
+        raise TargetError(f"{self.name} does not run here: there is nothing to measure")
 
     def measure(
         self, decided: ir.Model, calibration: Calibration, log: Callable[[str], None]
@@ -151,6 +152,19 @@ class Target(abc.ABC):
         """The passes, as text, that make ``decided`` faster on this machine; see --measure."""
         self.check_measure()
         return []
+
+    def timing(self, decided: Mapping[str, ir.Model], calibration: Calibration) -> Timing:
+        """What layers take on this machine: all of a model decided alike, by what they are called.
+
+        One of ``decided`` is ``timing.FLOAT``, in which nothing is decided.
+        """
+        self.check_measure()
+        raise TargetError(f"{self.name} has no times of layers")
+
+    def ratio(self, decided: ir.Model, floats: ir.Model, calibration: Calibration) -> float:
+        """The latency of ``decided`` on this machine, in that of ``floats``."""
+        self.check_measure()
+        raise TargetError(f"{self.name} has no times of layers")
 
     def notes(self, model: ir.Model, folder: pathlib.Path) -> list[str]:
         """What the user must know of what ``emit`` wrote of the lowered ``model``."""

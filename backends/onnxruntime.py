@@ -7,7 +7,7 @@ import pathlib
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
@@ -18,6 +18,7 @@ from qcompile.backends.base import Ran, Target, float_in_file, together, why_flo
 from qcompile.backends.lowering import NARROW, Kernels, Rule
 from qcompile.backends.ort_isa import Isa
 from qcompile.errors import TargetError
+from qcompile.timing import Timing
 
 if TYPE_CHECKING:
     from qcompile.calibrate import Calibration
@@ -92,7 +93,7 @@ class OrtCpu(Target):
     def check_measure(self) -> None:
         if self.isa != ort_isa.machine():
             raise TargetError(
-                f"--measure measures this machine, which is {ort_isa.machine()}, not {self.isa}"
+                f"what measures measures this machine, which is {ort_isa.machine()}, not {self.isa}"
             )
 
     def measure(
@@ -100,6 +101,16 @@ class OrtCpu(Target):
     ) -> list[str]:
         """Time the layers in float and in integers, and take the faster (see ort_measure)."""
         return ort_measure.choose(decided, self, calibration, log).texts()
+
+    def timing(self, decided: Mapping[str, ir.Model], calibration: Calibration) -> Timing:
+        """Profile the whole model in each form, so that layers are timed where they stand."""
+        self.check_measure()
+        return ort_measure.timing(decided, self, calibration)
+
+    def ratio(self, decided: ir.Model, floats: ir.Model, calibration: Calibration) -> float:
+        """Run both models in turn (see bench)."""
+        self.check_measure()
+        return ort_measure.ratio(decided, floats, self, calibration)
 
     def prove(self, model: ir.Model, folder: pathlib.Path) -> dict[str, Ran]:
         """Open the graph as the runtime optimized it and find each layer's kernel by node name."""

@@ -1,4 +1,4 @@
-"""Which layers pay in integers on this machine, by measurement: what ``--measure`` asks.
+"""What layers take on this machine, in float and in integers: for ``--measure`` and for budgets.
 
 The model is run in float and as it was decided, with the runtime's profiler, so that every layer is
 timed where it stands: with its shapes, its neighbours, and the memory layout that the runtime gives
@@ -6,7 +6,8 @@ to a chain of such layers, which a layer taken out alone would not have. What a 
 and integers costs by element is in the second profile as well. The assignment of least total time
 is then a minimum cut between *integers* and *float* (all costs are those of a node on one side, or
 of a value whose writer and readers lie on two). At last whole models are timed against each other,
-and the fastest is taken, so that a wrong estimate costs nothing.
+and the fastest is taken, so that a wrong estimate costs nothing. Under a budget of latency the cut
+is a constraint (see ``solve.Network``).
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
-import networkx as nx
+import numpy as np
 import onnx_ir as ir
 
 from qcompile import bench, execute, graph, spec
@@ -25,6 +25,8 @@ from qcompile.backends.base import Target
 from qcompile.backends.lowering import MOVES
 from qcompile.calibrate import BETWEEN, Calibration
 from qcompile.graph import Layer
+from qcompile.solve import FIRST, OTHER, Edge, Network
+from qcompile.timing import FLOAT, Timing
 
 Times = Mapping[str, float]
 # Where a model is less than this much faster than another, noise decides.
@@ -138,8 +140,6 @@ def _profile(
 
 # -- the cut ------------------------------------------------------------------------------------
 
-_INTEGERS, _FLOAT = "integers", "float"
-
 
 def cut(
     model: ir.Model,
@@ -149,40 +149,60 @@ def cut(
     shapes: graph.Shapes,
 ) -> set[str]:
     """The layers that the assignment of least time leaves in float."""
+    edges = borders(model, layers, floats, integers, shapes)
+    names = [layer.name for layer in layers]
+    places = {name: number for number, name in enumerate(names)}
+    network = Network(0, edges, places, [np.array([True, False])] * len(names))
+    times = [np.array([integers.node(name), floats.node(name)]) for name in names]
+    return {name for name, side in zip(names, network.least(times)[1], strict=True) if side}
+
+
+def borders(
+    model: ir.Model,
+    layers: Sequence[Layer],
+    floats: Profile,
+    integers: Profile,
+    shapes: graph.Shapes,
+) -> list[Edge]:
+    """What lies between ``layers``, and getting from integers (the first side) to floats and back.
+
+    An operator that has an integer form runs in integers only where all that it reads are.
+    """
     decided = {layer.node for layer in layers}
-    follows = {n for n in model.graph if n.op_type in (*MOVES, "Relu", "Clip", *BETWEEN)}
+    follows = _follows(model)
     writes = {layer.node for layer in layers if layer.kind in ("conv", "depthwise")} | follows
     whole = {n for n in model.graph if n in decided or n in follows}
     rate = integers.conversions / max(_borders(model, decided, writes, whole, shapes), 1)
-    network: nx.DiGraph[str] = nx.DiGraph()
-    network.add_nodes_from((_INTEGERS, _FLOAT))
-    for node in whole:
+    edges: list[Edge] = []
+    for node in (n for n in model.graph if n in follows):
         name = node.name or ""
-        network.add_edge(_INTEGERS, name, capacity=floats.node(name))
-        network.add_edge(name, _FLOAT, capacity=integers.node(name))
-        if node in follows:
-            for value in node.inputs:
-                writer = value.producer() if value is not None else None
-                if value is None or graph.is_constant(value):
-                    continue
-                known = writer is not None and writer in writes
-                network.add_edge(name, (writer.name or "") if known and writer else _FLOAT)
+        edges += [(FIRST, name, floats.node(name)), (name, OTHER, integers.node(name))]
+        for value in node.inputs:
+            writer = value.producer() if value is not None else None
+            if value is None or graph.is_constant(value):
+                continue
+            known = writer is not None and writer in writes
+            edges.append((name, (writer.name or "") if known and writer else OTHER, math.inf))
     for value in _values(model):
         size = rate * math.prod(shapes.get(value.name or "", ()))
         writer = value.producer()
-        source = (writer.name or "") if writer is not None and writer in writes else _FLOAT
+        source = (writer.name or "") if writer is not None and writer in writes else OTHER
         inside = [use.node for use in graph.readers(value) if use.node in whole]
         outside = len(inside) < len(graph.readers(value)) or value.is_graph_output()
-        ends = [node.name or "" for node in inside] + ([_FLOAT] if outside else [])
+        ends = [node.name or "" for node in inside] + ([OTHER] if outside else [])
         out, back = f"from {value.name}", f"to {value.name}"
-        if source != _FLOAT:
-            network.add_edge(source, out, capacity=size)
-            network.add_edges_from((out, end) for end in ends)  # without a capacity: never cut
-        network.add_edge(back, source, capacity=size)
-        network.add_edges_from((end, back) for end in ends if end != _FLOAT)
-    library: Any = nx  # partly untyped
-    sides: tuple[set[str], set[str]] = library.minimum_cut(network, _INTEGERS, _FLOAT)[1]
-    return {layer.name for layer in layers} - sides[0]
+        if source != OTHER:
+            edges.append((source, out, size))
+            edges += [(out, end, math.inf) for end in ends]
+        if inside:
+            edges.append((back, source, size))
+            edges += [(end, back, math.inf) for end in ends if end != OTHER]
+    return edges
+
+
+def _follows(model: ir.Model) -> set[ir.Node]:
+    """The operators between layers that have an integer form."""
+    return {n for n in model.graph if n.op_type in (*MOVES, "Relu", "Clip", *BETWEEN)}
 
 
 def _values(model: ir.Model) -> Iterable[ir.Value]:
@@ -212,6 +232,44 @@ def _borders(
         sides |= {False} if value.is_graph_output() else set()
         count += math.prod(shapes.get(value.name or "", ())) * (sides != {source} and bool(sides))
     return count
+
+
+# -- budgets -----------------------------------------------------------------------------------
+
+
+def timing(decided: Mapping[str, ir.Model], target: Target, calibration: Calibration) -> Timing:
+    """What each layer takes in each form, from one profile of the whole model for each.
+
+    ``decided`` holds the model with all these layers decided in one form, and as FLOAT with none.
+    Where inputs are quantized, borders are those of the first form.
+    """
+    plain, sample = decided[FLOAT], calibration.samples[0]
+    forms = [form for form in decided if form != FLOAT]
+    first = decided[forms[0]]
+    before = {node.name for node in plain.graph if spec.all_specs(node)}
+    every = (layer for layer in graph.layers(first) if layer.name not in before)
+    layers = [layer for layer in every if spec.all_specs(layer.node)]
+    names = [layer.name for layer in layers]
+    profiles = {form: _profile(m, target, sample, plain) for form, m in decided.items()}
+    floats, edges = profiles[FLOAT], list[Edge]()
+    whole = sum(floats.times.values()) + floats.conversions
+    varied = set(names)
+    if any(layer.input is not None and layer.input.spec is not None for layer in layers):
+        edges = borders(first, layers, floats, profiles[forms[0]], calibration.shapes(first))
+        varied |= {node.name or "" for node in _follows(first)}
+    rest = whole - sum(floats.node(name) for name in varied)
+    times = {form: {n: profile.node(n) for n in names} for form, profile in profiles.items()}
+    return Timing(times, whole, rest, tuple(edges))
+
+
+def ratio(decided: ir.Model, floats: ir.Model, target: Target, calibration: Calibration) -> float:
+    """The median latency of ``decided`` in that of ``floats``, both lowered, run in turn."""
+    lowered = [model.clone() for model in (floats, floats, decided)]
+    for model in lowered:
+        target.lower(model)
+    one, again, other = (execute.Session(model, threads=1) for model in lowered)
+    rounds = bench.rounds_for(one, calibration.samples, 2 * SECONDS)
+    return bench.interleaved(one, again, other, calibration.samples, rounds).ratio
 
 
 # -- whole models -------------------------------------------------------------------------------

@@ -10,22 +10,28 @@ of sorted walks, and what is left of the budget is spent where it wins most.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
-from qcompile import factors, graph, sensitivity
-from qcompile.assignment import Assigned, Assigner, Budget, Costs, Items, Pairs
+from qcompile import factors, graph, numerics, sensitivity, spec
+from qcompile.assignment import FLOAT_BITS, Assigned, Assigner, Budget, Costs, Items, Pairs
 from qcompile.calibrate import Calibration, content_keys
 from qcompile.deciding import WEIGHTED, Granularity, Weights, decide_input, decide_weights
 from qcompile.errors import PassError
 from qcompile.factors import Weigh
-from qcompile.numerics import RangeMethod
+from qcompile.numerics import Grid, IntFormat, RangeMethod
 from qcompile.passes.gptq import Gptq
 from qcompile.pipeline import Context, Pass, Stats
 from qcompile.sources import Data
+from qcompile.timing import FLOAT, Timing
+
+# A prediction is scaled so often; the aim is as far below the budget as noise goes, and below the
+# last of these something more exact may fit.
+_ROUNDS, _WITHIN, _CLOSE = 5, 0.98, 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +41,11 @@ class AssignBits(Pass):
     ``z[l, c]`` chooses one width ``c`` of each layer ``l``; ``cost[l, c]`` is the ``metric`` at the
     outputs with only ``l`` rounded to ``c``, all else in float; costs are taken to add up.
 
-    * ``budget``: ``bits=4.5`` (codes alone, on average; ``bits=`` may be left out) or ``size=4MB``
-      (as stored, scales counted) of the layers that are decided; several must all be met.
-    * ``choices``: the widths, of 2 to 8 bits.
+    * ``budget``: ``bits=4.5`` (codes alone, on average; ``bits=`` may be left out), ``size=4MB``
+      (as stored, scales counted), or ``bops=20G``, ``bops=0.3x`` of float (multiplications times
+      the bits of weight and activation, of one sample), of the layers that are decided; or
+      ``latency=0.6x`` of float, of the whole model on this machine; several must all be met.
+    * ``choices``: the widths, of 2 to 8 bits, and ``float``, which leaves a layer as it is.
     * ``method``: ``mlorq``: least summed cost; ``fmpq``: no layer costs more than the smallest
       tolerance that fits; ``greedy``: widths fall one at a time where least is lost.
     * ``factors``: widths of the two factors of products of low rank, which ``mlorq`` considers
@@ -49,9 +57,17 @@ class AssignBits(Pass):
     * ``rounding``: how weights on trial are rounded: ``nearest``, or as ``gptq`` rounds them, where
       that pass follows; it is fitted on other samples than those that are run.
     * ``samples``: how many calibration samples are run.
-    * ``input``: the format of activations, ``int8`` or ``float``.
+    * ``input``: the format of activations, ``int8`` or ``float``, where the weight is not float;
+      with ``int8`` the cost of a layer is that of the rounded input as well.
     * ``granularity``, ``block``, ``range``: as ``granularity``, ``block``, ``method`` of quantize.
     * ``include``, ``exclude``: globs over the names and operator types of layers.
+
+    Under ``latency`` the whole model is profiled once in every choice, so that each layer is timed
+    where it stands, and what is predicted is the sum over layers, what lies between them, and the
+    borders between integers and floats (a cut: see ``solve``). Whole models as lowered are then run
+    in turn with float, and the prediction is scaled by what they show until the budget is met by
+    measurement. What is measured differs from run to run, and so may the choice. Targets that do
+    not run here refuse it: without their clock there is ``bops``, which is exact.
 
     Raises PassError for a budget that cannot be met, saying the least that is possible.
     """
@@ -63,7 +79,7 @@ class AssignBits(Pass):
     source: ClassVar[str] = "MLoRQ, arXiv 2507.09616; FMPQ, arXiv 2506.01221"
 
     budget: tuple[str, ...] = ("bits=4",)
-    choices: tuple[int, ...] = (2, 3, 4, 6, 8)
+    choices: tuple[int | Literal["float"], ...] = (2, 3, 4, 6, 8)
     method: Literal["mlorq", "fmpq", "greedy"] = "mlorq"
     factors: tuple[int, ...] | None = None
     weigh: Weigh = "input"
@@ -79,12 +95,16 @@ class AssignBits(Pass):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for text in self.budget:
-            Budget.parse(text)
+        kinds = [Budget.parse(text).kind for text in self.budget]
         if not self.budget:
             raise PassError("assign-bits needs a budget, such as bits=4.5 or size=4MB")
-        if not self.choices or not all(2 <= bits <= 8 for bits in self.choices):
-            raise PassError(f"choices are widths of 2 to 8 bits, got {self.choices or 'none'}")
+        if not self.widths() or not all(2 <= bits <= 8 for bits in self.widths()):
+            listed = ",".join(map(str, self.choices)) or "none"
+            raise PassError(f"choices are widths of 2 to 8 bits, and float; got {listed}")
+        if kinds.count("latency") > 1:
+            raise PassError("one budget of latency is enough")
+        if self.measures() and (self.method != "mlorq" or self.factors):
+            raise PassError("latency goes with method=mlorq and without factors")
         if self.factors is not None and not all(2 <= bits <= 8 for bits in self.factors):
             raise PassError(f"factors are widths of 2 to 8 bits, got {self.factors}")
         if self.factors and (self.method != "mlorq" or self.input != "float"):
@@ -97,8 +117,16 @@ class AssignBits(Pass):
         """Ranges only where activations are quantized."""
         return self.requires if self.input != "float" else frozenset()
 
+    def measures(self) -> bool:
+        """Whether one of the budgets is of latency."""
+        return any(text.startswith("latency=") for text in self.budget)
+
+    def widths(self) -> list[int]:
+        """The choices but for float, falling."""
+        return sorted({c for c in self.choices if c != FLOAT}, reverse=True)
+
     def weight_formats(self) -> tuple[str, ...]:
-        return tuple(f"int{bits}" for bits in sorted({*self.choices, *(self.factors or ())}))
+        return tuple(f"int{bits}" for bits in sorted({*self.widths(), *(self.factors or ())}))
 
     def input_formats(self) -> tuple[str, ...]:
         return (self.input,)
@@ -110,24 +138,99 @@ class AssignBits(Pass):
         if not layers:
             return {"layers": 0}
         names = [layer.name for layer in layers]
+        grids = {layer.name: g for layer in layers if (g := self._grid(model, layer)) is not None}
         key = self._key(model, names, ctx)
-        costs = ctx.data().once(key, lambda: self._costs(model, names, ctx)).anew()
+        asked = (
+            f"{key} {sorted((name, grid.scale, grid.zero_point) for name, grid in grids.items())}"
+        )
+        costs = ctx.data().once(asked, lambda: self._costs(model, names, grids, ctx)).anew()
         before = costs.sensitivity.passes
-        assigner = Assigner(costs, [Budget.parse(b) for b in self.budget], self.table == "full")
-        found: Assigned = getattr(assigner, self.method)()
+        timed = None
+        if self.measures():
+            make = functools.partial(self._timing, model, names, ctx)
+            timed = ctx.data().once(f"timing {ctx.target} {key}", make)
+        budgets = [Budget.parse(b) for b in self.budget]
+        assigner = Assigner(costs, budgets, self.table == "full", timed)
+        if timed is None:
+            found: Assigned = getattr(assigner, self.method)()
+            self._decide(model, costs.items, found, ctx)
+            return self._stats(assigner, found, costs.sensitivity.passes - before)
+        found, more = self._met(model, assigner, ctx)
         self._decide(model, costs.items, found, ctx)
-        return self._stats(costs, found, costs.sensitivity.passes - before)
+        return self._stats(assigner, found, costs.sensitivity.passes - before) | more
+
+    def _met(self, model: ir.Model, assigner: Assigner, ctx: Context) -> tuple[Assigned, Stats]:
+        """The choice of least cost that was measured to meet the budget of latency, and how."""
+        assert ctx.target is not None
+        number = next(n for n, b in enumerate(assigner.budgets) if b.kind == "latency")
+        budget = assigner.budgets[number]
+        plain, aim = self._plain(model), _WITHIN * budget.amount
+        tried: dict[tuple[int, ...], tuple[Assigned, Stats]] = {}
+        for _ in range(_ROUNDS):
+            assigner.aim(number, aim)
+            found = assigner.mlorq()
+            if found.numbers in tried:
+                break
+            predicted = assigner.amount(found.numbers, number)
+            decided = model.clone()
+            self._decide(decided, assigner.items, found, ctx)
+            measured = ctx.target.ratio(decided, plain, ctx.data())
+            said: Stats = {"predicted latency": predicted, "measured latency": measured}
+            tried[found.numbers] = found, said
+            ctx.log(f"  latency {measured:.3f} of float, predicted {predicted:.3f}")
+            if _CLOSE * budget.amount <= measured <= budget.amount:
+                break
+            aim = _WITHIN * budget.amount * predicted / measured
+        met = [(f, s) for f, s in tried.values() if float(s["measured latency"]) <= budget.amount]
+        if not met:
+            least = min(float(said["measured latency"]) for _, said in tried.values())
+            raise PassError(
+                f"budget {budget} is not met: the least that was measured is latency={least:.3g}x"
+            )
+        found, said = min(met, key=lambda pair: pair[0].cost)
+        rounded: Stats = {name: float(f"{value:.3g}") for name, value in said.items()}
+        return found, rounded | {"models measured": len(tried)}
+
+    def _plain(self, model: ir.Model, names: Sequence[str] | None = None) -> ir.Model:
+        """A copy of ``model`` in which nothing is decided, or not the layers called ``names``."""
+        plain = model.clone()
+        for node in plain.graph:
+            if names is None or node.name in names:
+                spec.clear(node)
+        return plain
+
+    def _timing(self, model: ir.Model, names: Sequence[str], ctx: Context) -> Timing:
+        assert ctx.target is not None
+        decided = {FLOAT: self._plain(model, names)}
+        for bits in self.widths():
+            made = model.clone()
+            layers = [layer for layer in graph.layers(made) if layer.name in set(names)]
+            self._write(made, bits, layers, ctx)
+            decided[f"int{bits}"] = made
+        return ctx.target.timing(decided, ctx.data())
+
+    def _grid(self, model: ir.Model, layer: graph.Layer) -> Grid | None:
+        """The grid on which a trial of ``layer`` reads its input; None if that stays float."""
+        if self.input == FLOAT or layer.input is None:
+            return None
+        found = graph.range_of(model, layer.input.value)
+        if found is None or layer.input.value.dtype not in (ir.DataType.FLOAT, None):
+            return None  # decide_input says what is missing, and the lowering what no kernel takes
+        form = IntFormat(8, signed=False)
+        return Grid(form, *numerics.affine(*found, form, symmetric=False))
 
     def _key(self, model: ir.Model, names: Sequence[str], ctx: Context) -> str:
-        """All that costs depend on."""
+        """All that costs depend on, but for the grids of inputs."""
         values = content_keys(model, ctx.data().state)
         outputs = [values[value.name or ""] for value in model.graph.outputs]
-        free: dict[str, Any] = {"budget": ("bits=8",), "table": "lazy", "input": "float"}
+        free: dict[str, Any] = {"budget": ("bits=8",), "table": "lazy"}
         if not self.factors:
             free["method"] = "mlorq"
         return f"{dataclasses.replace(self, **free)} {outputs} {names} {ctx.seed}"
 
-    def _costs(self, model: ir.Model, names: Sequence[str], ctx: Context) -> Costs:
+    def _costs(
+        self, model: ir.Model, names: Sequence[str], grids: Mapping[str, Grid], ctx: Context
+    ) -> Costs:
         kept = model.clone()
         layers = [layer for layer in graph.layers(kept) if layer.name in set(names)]
         pairs = Pairs(self.factors, self.weigh) if self.factors else None
@@ -138,10 +241,12 @@ class AssignBits(Pass):
             fitted = Calibration(Data(ctx.data().data.source, seen), mask=ctx.data().mask)
             ctx = dataclasses.replace(ctx, calibration=fitted)
             fit = Gptq(damping=0.1)
-        items = Items(kept, layers, self.choices, self._how(), ctx, pairs, fit)
+        bits = [*self.widths(), *([FLOAT_BITS] if FLOAT in self.choices else [])]
+        entered = FLOAT_BITS if self.input == FLOAT else numerics.parse_format(self.input).bits
+        items = Items(kept, layers, bits, self._how(), ctx, pairs, fit, entered)
         samples = samples.some(self.samples)
         metric = sensitivity.metric(self.metric)
-        return Costs(items, sensitivity.Sensitivity(kept, samples, metric))
+        return Costs(items, sensitivity.Sensitivity(kept, samples, metric, grids))
 
     def _how(self) -> Weights:
         return Weights("int8", self.granularity, self.block, self.range)
@@ -158,21 +263,32 @@ class AssignBits(Pass):
                 inner = factors.split(model, layers[0], items.factors[item].cut(choice.rank))
                 by_width.setdefault(choice.inner, []).append(inner)
         for bits, layers in sorted(by_width.items()):
-            how = dataclasses.replace(self._how(), format=f"int{bits}")
-            decide_weights(model, layers, how, ctx)
-            for layer in layers:
-                if layer.input is not None and self.input != "float":
-                    decide_input(layer.input, self.input)
-                elif layer.input is not None:
-                    layer.input.decide(None)
+            self._write(model, bits, layers, ctx)
         graph.remove_dead(model)
 
-    def _stats(self, costs: Costs, found: Assigned, passes: float) -> Stats:
-        items = costs.items
+    def _write(
+        self, model: ir.Model, bits: int, layers: Sequence[graph.Layer], ctx: Context
+    ) -> None:
+        """Decide ``layers`` in ``bits``, or leave them in float."""
+        if bits == FLOAT_BITS:
+            for layer in layers:
+                spec.clear(layer.node)
+                layer.node.metadata_props[graph.REASON] = "float was worth its place in the budget"
+            return
+        how = dataclasses.replace(self._how(), format=f"int{bits}")
+        decide_weights(model, list(layers), how, ctx)
+        for layer in layers:
+            if layer.input is not None and self.input != FLOAT:
+                decide_input(layer.input, self.input)
+            elif layer.input is not None:
+                layer.input.decide(None)
+
+    def _stats(self, assigner: Assigner, found: Assigned, passes: float) -> Stats:
+        items = assigner.items
         chosen = [items.choices[item][number] for item, number in enumerate(found.numbers)]
         sizes = [items.size(item, choice) for item, choice in enumerate(chosen)]
         count = sum(math.prod(items.shape(item)) for item in range(len(items)))
-        return {
+        stats: Stats = {
             "layers": sum(map(len, items.readers)),
             "products": sum(bool(c.rank) for c in chosen),
             "bits a weight": round(sum(size.bits for size in sizes) / max(count, 1), 4),
@@ -182,3 +298,11 @@ class AssignBits(Pass):
             "forward passes": round(passes, 1),
             "of a whole table of": sum(map(len, items.choices)),
         }
+        if FLOAT in self.choices:
+            floats = (r for r, c in zip(items.readers, chosen, strict=True) if c.is_float)
+            stats["in float"] = sum(map(len, floats))
+        for number, budget in enumerate(assigner.budgets):
+            if budget.kind == "bops":
+                what = "bit operations" + (" of float" if budget.relative else "")
+                stats[what] = float(f"{assigner.amount(found.numbers, number):.4g}")
+        return stats

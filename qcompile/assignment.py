@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile import decisions, factors, graph, numerics, patches, solve
+from qcompile import decisions, factors, graph, numerics, patches, solve, timing
 from qcompile.deciding import Weights, decide_weights, powers
 from qcompile.errors import PassError
 from qcompile.factors import Factors
@@ -20,50 +20,74 @@ from qcompile.graph import Layer
 from qcompile.numerics import Floats, Grid
 from qcompile.pipeline import Context, Pass
 from qcompile.sensitivity import Sensitivity
+from qcompile.solve import Network
 from qcompile.spec import TensorSpec
+from qcompile.timing import Timing
 
-# The bits of a scale, as it is stored.
-SCALE_BITS = 32
+# The bits of a float: as a scale is stored, and as bit operations count it.
+SCALE_BITS = FLOAT_BITS = 32
 # Ranks of each pair of widths that a full table measures; the others are guessed (the paper's 5).
 MEASURED = 5
 
 
+# Units of each kind of budget; ``x`` is that of the float model.
+UNITS = {
+    "bits": {"": 1.0},
+    "size": {"": 1.0, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9},
+    "bops": {"": 1.0, "M": 1e6, "G": 1e9, "T": 1e12, "x": 1.0},
+    "latency": {"x": 1.0},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """A bound on the layers together: ``bits`` a weight on average, or ``size`` in bytes.
+    """A bound on the layers together.
 
-    ``bits`` counts codes alone, as papers do; ``size`` is what is stored: codes in the type that
-    holds them, scales and zero points.
+    * ``bits`` a weight on average: codes alone, as papers count.
+    * ``size`` in bytes as stored: codes in the type that holds them, scales and zero points.
+    * ``bops``: bit operations of a run: multiplications, times the bits of the weight, times those
+      of the activation; 32 for a float.
+    * ``latency``: of a run of the whole model.
+
+    ``relative``: the amount is a share of what the float model takes.
     """
 
     kind: str
     amount: float
+    relative: bool = False
 
     @staticmethod
     def parse(text: str) -> Budget:
-        """Read ``4.5``, ``bits=4.5``, ``size=4MB``, ``size=300kB`` or ``size=1234``."""
+        """Read ``4.5``, ``bits=4.5``, ``size=4MB``, ``bops=20G``, ``bops=0.3x``, ``latency=0.6x``.
+
+        Units are ``B``, ``kB``, ``MB`` and ``GB``, or ``M``, ``G`` and ``T`` operations.
+        """
         kind, _, amount = text.rpartition("=")
-        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(B|kB|MB|GB)?", amount)
-        unit = match[2] if match else None
-        if match is None or kind not in ("", "bits", "size") or (unit and kind != "size"):
-            raise PassError(f"budget {text!r} is no bits=4.5 and no size=4MB (B, kB, MB, GB)")
-        scale = {None: 1.0, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
-        return Budget(kind or "bits", float(match[1]) * scale)
+        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)([A-Za-z]*)", amount)
+        units = UNITS.get(kind or "bits", {})
+        if match is None or match[2] not in units:
+            raise PassError(
+                f"budget {text!r} is no bits=4.5 and no size=4MB (B, kB, MB, GB), "
+                "no bops=20G (M, G, T) or bops=0.3x and no latency=0.6x, of float"
+            )
+        scale = units[match[2]]
+        return Budget(kind or "bits", float(match[1]) * scale, match[2] == "x")
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.amount:.10g}"
+        return f"{self.kind}={self.amount:.10g}{'x' if self.relative else ''}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What a weight takes: ``bits`` of codes in all, and ``stored`` bytes as it is written."""
+    """What a weight takes: ``bits`` of codes, ``stored`` bytes as written, bit operations."""
 
     bits: float
     stored: float
+    bops: float = 0.0
 
     def of(self, kind: str) -> float:
         """The number that a budget of ``kind`` adds up."""
-        return self.bits if kind == "bits" else self.stored
+        return {"bits": self.bits, "size": self.stored, "bops": self.bops}[kind]
 
 
 def size_of(shape: Sequence[int], decided: TensorSpec) -> Size:
@@ -79,7 +103,7 @@ def size_of(shape: Sequence[int], decided: TensorSpec) -> Size:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One thing that a weight may become: codes of ``bits``, or a product of low ``rank``.
+    """One thing that a weight may become: codes of ``bits``, float, or a product of low ``rank``.
 
     Of a product ``bits`` are those of the outer factor ``A``, and ``inner`` those of ``B``.
     """
@@ -88,7 +112,14 @@ class Choice:
     rank: int = 0
     inner: int = 0
 
+    @property
+    def is_float(self) -> bool:
+        """Whether the layer stays as it is."""
+        return self.bits == FLOAT_BITS
+
     def __str__(self) -> str:
+        if self.is_float:
+            return timing.FLOAT
         return f"int{self.bits}" + (f" x int{self.inner}, rank {self.rank}" if self.rank else "")
 
 
@@ -108,9 +139,10 @@ class Items:
     """The weights of ``layers``, those that layers share once, and what each may become.
 
     ``model`` must stay as it is. ``how`` decides ranges and granularity; ``bits`` are the widths,
-    which come first among the choices of an item, falling. Then come the products of ``pairs``,
-    those that no other choice beats in local loss and size; a weight that several layers read has
-    none. ``fit`` rounds weights of one width in place of to the nearest.
+    which come first among the choices of an item, falling; FLOAT_BITS leaves a layer in float. Then
+    come the products of ``pairs``, those that no other choice beats in local loss and size; a
+    weight that several layers read has none. ``fit`` rounds weights of one width in place of to the
+    nearest. ``entered``: the bits of what layers that are not float read.
     """
 
     def __init__(
@@ -122,11 +154,14 @@ class Items:
         ctx: Context,
         pairs: Pairs | None = None,
         fit: Pass | None = None,
+        entered: int = FLOAT_BITS,
     ) -> None:
         shared: dict[ir.Value, list[Layer]] = {}
         for layer in layers:
             shared.setdefault(layer.weight.value, []).append(layer)
         self.model, self.how, self.ctx, self.fit = model, how, ctx, fit
+        self.entered = entered
+        self._macs: dict[str, int] = {}
         self.readers = list(shared.values())
         widths = [Choice(width) for width in sorted(set(bits), reverse=True)]
         self.widths = len(widths)
@@ -151,6 +186,8 @@ class Items:
 
     def rounded(self, item: int, choice: Choice) -> Floats:
         """What is multiplied with in place of the weight."""
+        if choice.is_float:
+            return graph.finite_weight(self.readers[item][0])
         if choice.rank:
             cut = self.factors[item].cut(choice.rank)
             a = self._grid(cut.a, choice.bits).round_trip(cut.a.astype(np.float32))
@@ -169,9 +206,22 @@ class Items:
             a = size_of(cut.a.shape, TensorSpec(f"int{choice.bits}", 0))
             b = size_of(cut.b.shape, TensorSpec(f"int{choice.inner}", 0))
             return Size(a.bits + b.bits, a.stored + b.stored)
+        if choice.is_float:
+            bits = FLOAT_BITS * math.prod(self.shape(item))
+            return Size(bits, bits / 8)
         decided = self._with(choice.bits)[1][self.name(item)].weight.spec
         assert decided is not None
         return size_of(self.shape(item), decided)
+
+    def operations(self, item: int, choice: Choice) -> float:
+        """Bit operations of a run, of all layers that read the weight."""
+        if not self._macs:
+            shapes = self.ctx.data().shapes(self.model)
+            self._macs = {layer.name: layer.macs(shapes) for r in self.readers for layer in r}
+        # Each weight, or factor, is used equally often: its bits stand for its multiplications.
+        each = self.size(item, choice).bits / math.prod(self.shape(item))
+        entered = FLOAT_BITS if choice.is_float else self.entered
+        return each * entered * sum(self._macs[layer.name] for layer in self.readers[item])
 
     def loss(self, item: int, choice: Choice) -> float:
         """The mean squared error of the weight, weighed by what its elements count for.
@@ -180,6 +230,8 @@ class Items:
         rank, the weights of its factors.
         """
         layer = self.readers[item][0]
+        if choice.is_float:
+            return 0.0
         if item in self.factors:
             return self._losses[item, choice] if choice.rank else self._loss(item, choice)
         if self._powers is None:
@@ -296,8 +348,11 @@ class Costs:
 
     def measure(self, item: int, number: int) -> float:
         """The cost of choice ``number`` of ``item``."""
+        choice = self.items.choices[item][number]
+        if choice.is_float:
+            self._measured[item, number] = 0.0
         if (item, number) not in self._measured:
-            weight = self.items.rounded(item, self.items.choices[item][number])
+            weight = self.items.rounded(item, choice)
             cost = self.sensitivity.cost(self.items.readers[item], weight)
             self._measured[item, number] = cost
         self._known.setdefault(item, {})[number] = self._measured[item, number]
@@ -386,21 +441,77 @@ class Assigner:
     nothing is left to measure. ``full`` measures all first.
     """
 
-    def __init__(self, costs: Costs, budgets: Sequence[Budget], full: bool = False) -> None:
+    def __init__(
+        self,
+        costs: Costs,
+        budgets: Sequence[Budget],
+        full: bool = False,
+        timed: Timing | None = None,
+    ) -> None:
         self.costs, self.items = costs, costs.items
-        self.budgets = budgets
-        total = sum(math.prod(self.items.shape(item)) for item in range(len(self.items)))
-        self.limits = np.array(
-            [b.amount * total if b.kind == "bits" else b.amount for b in budgets], np.float64
-        )
+        self.budgets, self._timed = budgets, timed
         self.sizes = [
-            np.array([[self.items.size(item, c).of(b.kind) for b in budgets] for c in choices])
+            np.array([[self._size(item, c, b.kind) for b in budgets] for c in choices])
             for item, choices in enumerate(self.items.choices)
         ]
+        self.network = self._network()
+        # A load is the amount of a budget in units, less what is spent whatever is chosen.
+        self._units, self._spent = np.ones(len(budgets)), np.zeros(len(budgets))
+        for number, budget in enumerate(budgets):
+            self._units[number], self._spent[number] = self._unit(number, budget)
+        self.limits = np.array([b.amount for b in budgets]) * self._units - self._spent
         every = [pair for item in range(len(self.items)) for pair in self._all(item)]
         # One for each is needed for a guess: the middle, since guesses are worse further away.
         middles = [(item, self.items.widths // 2) for item in range(len(self.items))]
         self._measure(every if full else middles)
+
+    def _size(self, item: int, choice: Choice, kind: str) -> float:
+        if kind == "latency":
+            assert self._timed is not None
+            times = self._timed.layers[str(choice)]
+            return sum(times[layer.name] for layer in self.items.readers[item])
+        if kind == "bops":
+            return self.items.operations(item, choice)
+        return self.items.size(item, choice).of(kind)
+
+    def _network(self) -> Network | None:
+        """The borders between integers and floats, if one of the budgets is of latency."""
+        place = next((n for n, b in enumerate(self.budgets) if b.kind == "latency"), None)
+        if place is None or self._timed is None or not self._timed.borders:
+            return None
+        items = {layer.name: n for n, readers in enumerate(self.items.readers) for layer in readers}
+        first = [np.array([not c.is_float for c in choices]) for choices in self.items.choices]
+        return Network(place, self._timed.borders, items, first)
+
+    def _unit(self, number: int, budget: Budget) -> tuple[float, float]:
+        """The load that one of the budget is, and what of it is spent whatever is chosen."""
+        if budget.kind == "bits":
+            return float(sum(math.prod(self.items.shape(n)) for n in range(len(self.items)))), 0.0
+        if not budget.relative:
+            return 1.0, 0.0
+        if budget.kind == "bops":
+            whole = Choice(FLOAT_BITS)
+            return sum(self.items.operations(n, whole) for n in range(len(self.items))), 0.0
+        assert self._timed is not None
+        return self._timed.whole, self._timed.rest
+
+    def amount(self, numbers: Sequence[int], budget: int) -> float:
+        """What the choice spends of budget number ``budget``, in its unit."""
+        used = self._used(numbers)[budget] + self._spent[budget]
+        return float(used / self._units[budget])
+
+    def aim(self, budget: int, amount: float) -> None:
+        """Take ``amount``, or the least there is, for that of budget number ``budget``."""
+        limit = amount * self._units[budget] - self._spent[budget]
+        self.limits[budget] = max(limit, self._least()[budget] * (1 + 1e-9))
+
+    def _least(self) -> npt.NDArray[np.float64]:
+        """The least load of each budget, whatever the others say."""
+        least = np.sum([s.min(axis=0) for s in self.sizes], axis=0)
+        if self.network is not None:
+            place = self.network.budget
+            least[place] = self.network.least([s[:, place] for s in self.sizes])[0]
+        return least
 
     def _all(self, item: int) -> Places:
         """The widths, and of each pair of widths MEASURED ranks."""
@@ -445,14 +556,17 @@ class Assigner:
         return bool((self._used(numbers) <= self.limits).all())
 
     def _used(self, numbers: Sequence[int]) -> npt.NDArray[np.float64]:
-        return np.sum([s[n] for s, n in zip(self.sizes, numbers, strict=True)], axis=0)
+        used = np.sum([s[n] for s, n in zip(self.sizes, numbers, strict=True)], axis=0)
+        if self.network is not None:
+            used[self.network.budget] += self.network.load(numbers)
+        return used
 
     def _cost(self, numbers: Sequence[int]) -> float:
         return float(sum(c[n] for c, n in zip(self.costs.table(), numbers, strict=True)))
 
     def _knapsack(self) -> Assigned:
         try:
-            found = solve.knapsack(self.costs.table(), self.sizes, self.limits)
+            found = solve.knapsack(self.costs.table(), self.sizes, self.limits, self.network)
         except PassError:
             self._refuse()
             raise
@@ -460,14 +574,14 @@ class Assigner:
 
     def _refuse(self) -> None:
         """Raise PassError, in the words of the budgets, if one alone is too small."""
-        least = np.sum([s.min(axis=0) for s in self.sizes], axis=0)
-        for budget, limit, bound in zip(self.budgets, self.limits, least, strict=True):
+        least = self._least()
+        amounts = (least + self._spent) / self._units
+        for budget, limit, bound, amount in zip(
+            self.budgets, self.limits, least, amounts, strict=True
+        ):
             if bound > limit:
-                possible = bound / limit * budget.amount if budget.kind == "bits" else bound
-                raise PassError(
-                    f"budget {budget} is too small: the least possible is "
-                    f"{Budget(budget.kind, possible)}"
-                )
+                possible = dataclasses.replace(budget, amount=float(amount))
+                raise PassError(f"budget {budget} is too small: the least possible is {possible}")
 
     def _tolerated(self) -> Assigned:
         self._refuse()

@@ -124,7 +124,7 @@ def run(source: Any, options: Options, wanted: Sequence[Budget]) -> Front:
         points.append(Point(kind, budget, bits, size, sqnr, text))
         options.log(f"{kind} {budget}: {bits:.2f} bits, {size / 1e6:.2f} MB, {sqnr:.1f} dB")
 
-    for width in sorted(set(chosen.choices)):
+    for width in reversed(chosen.widths()):
         point("uniform", f"int{width}", uniform(chosen, width))
     for budget in wanted:
         point("assigned", str(budget), dataclasses.replace(chosen, budget=(str(budget),)))

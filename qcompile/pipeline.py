@@ -71,6 +71,10 @@ class Pass(abc.ABC):
         """Whether this pass with its options reads calibration data."""
         return self.reads_data
 
+    def measures(self) -> bool:
+        """Whether this pass with its options measures time on its target, and so depends on it."""
+        return False
+
     def weight_formats(self) -> tuple[str, ...]:
         """The weight formats that this pass will ask for; checked against the targets first."""
         return ()
@@ -193,7 +197,7 @@ def check(passes: Sequence[Pass], targets: Sequence[Target]) -> None:
 
     Words: the order of the passes. Extras: packages that a pass needs. Targets: each format of
     weights, activations and half floats, and each scale taken at run time, that a pass will ask for
-    must be one that the target can hold.
+    must be one that the target can hold; and what a pass measures must run here.
     """
     problem = _first_problem(passes)
     if problem is not None:
@@ -216,6 +220,8 @@ def check(passes: Sequence[Pass], targets: Sequence[Target]) -> None:
                 target.refuse_float(form, str(step))
             for scale in step.scales():
                 target.refuse_scale(scale, str(step))
+            if step.measures():
+                target.check_measure()
 
 
 def _first_problem(passes: Sequence[Pass]) -> tuple[Pass, str | None, Pass | None] | None:
@@ -278,7 +284,8 @@ def working_order(passes: Sequence[Pass]) -> list[Pass] | None:
 
 def fork(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:
     """The passes that run once, and those that run for each target."""
-    first = next((i for i, p in enumerate(passes) if p.per_target), len(passes))
+    split = (i for i, p in enumerate(passes) if p.per_target or p.measures())
+    first = next(split, len(passes))
     return list(passes[:first]), list(passes[first:])
 
 

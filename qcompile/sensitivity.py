@@ -1,4 +1,4 @@
-"""What one changed weight costs at the outputs of a float model, in one number.
+"""What one changed layer costs at the outputs of a float model, in one number.
 
 All else stays float, as in MLoRQ (arXiv 2507.09616) and FMPQ (arXiv 2506.01221). The assignments
 built on it take such costs to add up over layers, which is an assumption: for independent small
@@ -6,7 +6,9 @@ noise it holds to first order.
 
 Only what depends on the changed layer is run: the values around it are computed once, in float,
 and kept in a file. The weight is an input of that part, so that one session serves all trials of a
-layer. A state is that of the float model, so that what gathers over frames does not count.
+layer. What the layer reads may be rounded as well; what it writes is not, since that is what the
+layers behind it read. A state is that of the float model, so that what gathers over frames does not
+count.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import onnx_ir as ir
 from qcompile import capture, execute, graph, sequences
 from qcompile.errors import CalibrationError, PassError, QCompileError
 from qcompile.graph import Layer
-from qcompile.numerics import Floats
+from qcompile.numerics import Floats, Grid
 from qcompile.sequences import Sample, Samples
 from qcompile.spill import Spill
 
@@ -133,14 +135,21 @@ _WEIGHT = "qcompile.trial"
 
 
 class Sensitivity:
-    """Costs of changed weights of ``model``, on ``samples``.
+    """Costs of changed layers of ``model``, on ``samples``.
 
+    ``inputs``: the grids, in 8 bits, on which layers that are changed read their input, by name.
     ``passes`` counts forward passes over the samples so far: the one in float is 1, and a trial is
     the share of the MACs that it runs.
     """
 
-    def __init__(self, model: ir.Model, samples: Sequence[Sample], metric: Metric) -> None:
-        self.model, self.metric = model, metric
+    def __init__(
+        self,
+        model: ir.Model,
+        samples: Sequence[Sample],
+        metric: Metric,
+        inputs: Mapping[str, Grid] | None = None,
+    ) -> None:
+        self.model, self.metric, self.inputs = model, metric, inputs or {}
         self.samples = Samples.of(samples)
         self.passes = 0.0
         self.trials = 0
@@ -207,7 +216,10 @@ class Sensitivity:
             name=_WEIGHT, type=layers[0].weight.value.type, shape=layers[0].weight.value.shape
         )
         for layer in layers:
-            inner[layer.node.name].replace_input_with(layer.weight.index, weight)
+            node = inner[layer.node.name]
+            node.replace_input_with(layer.weight.index, weight)
+            if layer.input is not None and layer.name in self.inputs:
+                _round(model, graph.Use(node, layer.input.index), self.inputs[layer.name])
         by_name = {v.name: v for v in graph.values(model)}
         kept = {node.name for node in nodes}
         outputs = [v for v in model.graph.outputs if (p := v.producer()) and p.name in kept]
@@ -230,6 +242,25 @@ class Sensitivity:
             self._macs = {layer.name: layer.macs(shapes) for layer in graph.layers(self.model)}
         run = sum(self._macs.get(node.name or "", 0) for node in nodes)
         return run / max(sum(self._macs.values()), 1)
+
+
+def _round(model: ir.Model, use: graph.Use, grid: Grid) -> None:
+    """Make ``use`` read its value as rounded to ``grid``."""
+    value = use.value
+    kind = np.int8 if grid.format.signed else np.uint8
+    ends = [
+        graph.add_constant(model, f"{value.name}/trial/{what}", np.asarray(array))
+        for what, array in (("scale", grid.scale), ("zero", grid.zero_point.astype(kind)))
+    ]
+    codes = graph.insert(
+        model, "QuantizeLinear", [value, *ends],
+        output=f"{value.name}/trial/codes", before=use.node,
+    )  # fmt: skip
+    rounded = graph.insert(
+        model, "DequantizeLinear", [codes, *ends],
+        output=f"{value.name}/trial", before=use.node, like=value,
+    )  # fmt: skip
+    use.read_from(rounded)
 
 
 def _as_input(model: ir.Model, value: ir.Value) -> ir.Value:

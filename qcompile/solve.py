@@ -7,6 +7,13 @@ The multiple-choice knapsack, one or several budgets, as a mixed-integer program
                 sum_l sum_c z[l, c] size[l, c, k] <= budget[k]    for every budget k
                 z[l, c] in {0, 1}
 
+What neighbours cost that lie on different sides of a border is the cut of a network, which adds
+
+    sum_(u, v) load[u, v] max(p[u] - p[v], 0)
+
+to what is held against one of the budgets, with ``p[l] = sum_c z[l, c]`` over the candidates of the
+first side, and 0 <= p <= 1 for nodes of the network that are no item.
+
 Costs are noise, so that they add up (see ``sensitivity``). To maximise summed SQNR instead,
 as the figure of MLoRQ has it, is another problem, which gives all to a few items.
 """
@@ -18,9 +25,10 @@ import dataclasses
 import heapq
 import os
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import numpy.typing as npt
 import scipy.optimize
@@ -51,13 +59,69 @@ class Solution:
     candidates: int
 
 
+Edge = tuple[str, str, float]
+# The ends of a network: the nodes that always lie on the first side and on the other.
+FIRST, OTHER = "first side", "other side"
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What neighbours on different sides add to the load of budget number ``budget``.
+
+    ``edges`` are (from, to, load): the load is added where ``from`` lies on the first side and
+    ``to`` on the other; an infinite one forbids that. A node of ``items`` lies where the candidate
+    of that item does: on the first side if ``first[item]`` [candidates] says so. The other nodes,
+    but for FIRST and OTHER, lie where the load is least.
+    """
+
+    budget: int
+    edges: Sequence[Edge]
+    items: Mapping[str, int]
+    first: Sequence[npt.NDArray[np.bool_]]
+
+    def load(self, choice: Sequence[int]) -> float:
+        """What the network adds to the sizes of ``choice``."""
+        alone = [np.full(len(first), np.inf) for first in self.first]
+        for size, number in zip(alone, choice, strict=True):
+            size[number] = 0.0
+        return self.least(alone)[0]
+
+    def least(self, sizes: Sequence[Doubles]) -> tuple[float, list[int]]:
+        """The least load, with ``sizes`` [candidates] of the items, and the choice that has it.
+
+        A minimum cut; an infinite size rules a candidate out.
+        """
+        network: nx.DiGraph[str] = nx.DiGraph()
+        network.add_nodes_from((FIRST, OTHER))
+        names = [f"item {number}" for number in range(len(sizes))]
+        for name, size, first in zip(names, sizes, self.first, strict=True):
+            network.add_edge(FIRST, name, capacity=float(size[~first].min(initial=np.inf)))
+            network.add_edge(name, OTHER, capacity=float(size[first].min(initial=np.inf)))
+        for start, end, load in self.edges:
+            ends = [names[self.items[n]] if n in self.items else n for n in (start, end)]
+            if ends[0] != ends[1]:  # readers of one weight lie together
+                before = network.get_edge_data(*ends, default={"capacity": 0.0})["capacity"]
+                network.add_edge(*ends, capacity=before + load)
+        library: Any = nx  # partly untyped
+        load, (near, _) = library.minimum_cut(network, FIRST, OTHER)
+        choice = [
+            int(np.argmin(np.where(first == (name in near), size, np.inf)))
+            for name, size, first in zip(names, sizes, self.first, strict=True)
+        ]
+        return float(load), choice
+
+
 def knapsack(
-    costs: Sequence[npt.ArrayLike], sizes: Sequence[npt.ArrayLike], budgets: npt.ArrayLike
+    costs: Sequence[npt.ArrayLike],
+    sizes: Sequence[npt.ArrayLike],
+    budgets: npt.ArrayLike,
+    network: Network | None = None,
 ) -> Solution:
     """The choice of least cost for ``costs`` [candidates] and ``sizes`` [candidates, budgets].
 
     ``sizes`` of one budget may be [candidates]. Sizes and budgets are not negative; costs may be.
-    Deterministic. Raises PassError, naming the least that is possible, if nothing fits a budget.
+    ``network`` adds to what one budget has to hold. Deterministic. Raises PassError, naming the
+    least that is possible, if nothing fits a budget.
     """
     limits = np.atleast_1d(np.asarray(budgets, np.float64))
     cost = [np.asarray(c, np.float64) for c in costs]
@@ -68,16 +132,23 @@ def knapsack(
     if not cost:
         return Solution((), 0.0, 0.0, 0)
     least = np.sum([s.min(axis=0) for s in size], axis=0)
+    if network is not None:
+        least[network.budget] = network.least([s[:, network.budget] for s in size])[0]
     for number in np.flatnonzero(least > limits):
         raise PassError(
             f"a budget of {limits[number]:.10g} is too small: the least possible is "
             f"{least[number]:.10g}"
         )
-    kept = [efficient(c, s) for c, s in zip(cost, size, strict=True)]
+    # Beside neighbours the slower and worse candidate may be the better one.
+    kept = [
+        efficient(c, s) if network is None else np.arange(len(c))
+        for c, s in zip(cost, size, strict=True)
+    ]
     found, gap = _solved(
         [c[k] for c, k in zip(cost, kept, strict=True)],
         [s[k] for s, k in zip(size, kept, strict=True)],
         limits,
+        network,
     )
     choice = tuple(int(k[i]) for k, i in zip(kept, found, strict=True))
     total = float(sum(c[i] for c, i in zip(cost, choice, strict=True)))
@@ -149,14 +220,14 @@ def descend(
 
 
 def _solved(
-    cost: Sequence[Doubles], size: Sequence[Doubles], limits: Doubles
+    cost: Sequence[Doubles], size: Sequence[Doubles], limits: Doubles, network: Network | None
 ) -> tuple[list[int], float]:
-    """The choices among candidates of which none dominates another, and the gap."""
+    """The choices among candidates, and the gap."""
     # Shifted by each item's least, which changes no choice, so that the gap is that of what can be
     # chosen; and without what alone costs more than a choice that fits.
     base = [c.min() for c in cost]
     cost = [c - b for c, b in zip(cost, base, strict=True)]
-    known = _descended(cost, size, limits)
+    known = _descended(cost, size, limits) if network is None else None
     most = sum(c[i] for c, i in zip(cost, known, strict=True)) if known is not None else np.inf
     if most == 0.0 and known is not None:
         return known, 0.0
@@ -168,27 +239,37 @@ def _solved(
     ends = np.cumsum(counts)
     owner = np.repeat(np.arange(len(counts)), counts)
     library: Any = scipy.optimize  # untyped
-    one = scipy.sparse.csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
+    borders = _Borders.of(network, counts) if network else None
+    more = 0 if borders is None else len(borders.loads)
+    shape = len(counts), len(owner) + more
+    one = scipy.sparse.csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape)
     # In units of the budget: a zero budget holds nothing but what is free.
     unit = np.where(limits > 0, limits, 1.0)
     allowed = limits / unit
+    loads = np.pad(loads, ((0, 0), (0, more)))
+    fixed = [library.LinearConstraint(one, 1, 1)]
+    if network is not None and borders is not None:
+        loads[network.budget, len(owner) :] = borders.loads
+        fixed.append(library.LinearConstraint(borders.rows, -np.inf, borders.upper))
     for _ in range(8):
         with _quiet():
             result = library.milp(
-                weights * scale,
+                np.pad(weights * scale, (0, more)),
                 constraints=[
-                    library.LinearConstraint(one, 1, 1),
+                    *fixed,
                     library.LinearConstraint(loads / unit[:, None], -np.inf, allowed),
                 ],
-                integrality=np.ones(len(weights)),
+                integrality=np.pad(np.ones(len(weights)), (0, more)),
                 bounds=library.Bounds(0, 1),
                 options={"mip_rel_gap": GAP / 10, "time_limit": _PATIENCE},
             )
         if result.x is None:
             break
-        parts = np.split(np.asarray(result.x), ends[:-1])
+        parts = np.split(np.asarray(result.x)[: len(owner)], ends[:-1])
         choice = [int(k[int(np.argmax(x))]) for k, x in zip(kept, parts, strict=True)]
         used = np.sum([s[i] for s, i in zip(size, choice, strict=True)], axis=0)
+        if network is not None:
+            used[network.budget] += network.load(choice)
         # The solver allows itself a millionth; a budget does not.
         if (used <= limits).all():
             return choice, _gap(cost, choice, result.mip_dual_bound / scale)
@@ -196,6 +277,57 @@ def _solved(
     if known is not None:
         return known, float("inf")
     raise PassError("no choice fits all of the budgets together; raise one of them")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Borders:
+    """A network as rows of the program: ``rows @ x <= upper``.
+
+    Behind the candidates of ``x`` stand the sides of the free nodes and, for each edge with a
+    finite load, how far it is cut; ``loads`` are those of both.
+    """
+
+    rows: Any
+    upper: Doubles
+    loads: Doubles
+
+    @staticmethod
+    def of(network: Network, counts: Sequence[int]) -> _Borders:
+        """For items of ``counts`` candidates."""
+        candidates = sum(counts)
+        starts = [sum(counts[:item]) for item in range(len(counts))]
+        named = (name for start, end, _ in network.edges for name in (start, end))
+        fixed = {*network.items, FIRST, OTHER}
+        nodes = [name for name in dict.fromkeys(named) if name not in fixed]
+        free = {name: candidates + number for number, name in enumerate(nodes)}
+        last = candidates + len(free)
+        loads = [load for _, _, load in network.edges if np.isfinite(load)]
+        entries: list[tuple[int, int, float]] = []
+        upper = np.zeros(len(network.edges))
+
+        def side(row: int, name: str, sign: float) -> None:
+            if name in network.items:
+                item = network.items[name]
+                columns = starts[item] + np.flatnonzero(network.first[item])
+                entries.extend((row, int(column), sign) for column in columns)
+            elif name in free:
+                entries.append((row, free[name], sign))
+            elif name == FIRST:
+                upper[row] -= sign
+
+        cut = 0
+        for row, (start, end, load) in enumerate(network.edges):
+            side(row, start, 1.0)
+            side(row, end, -1.0)
+            if np.isfinite(load):
+                entries.append((row, last + cut, -1.0))
+                cut += 1
+        rows, columns, values = zip(*entries, strict=True)
+        shape = len(network.edges), last + cut
+        matrix = scipy.sparse.csr_array(
+            (values, (rows, columns)), shape
+        )  # adds what is named twice
+        return _Borders(matrix, upper, np.array([0.0] * len(free) + loads))
 
 
 @contextlib.contextmanager

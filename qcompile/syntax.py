@@ -155,6 +155,9 @@ def convert(text: str, kind: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         if text == "none":
             return None
+        for word in get_args(kind):
+            if get_origin(word) is Literal and text in get_args(word):
+                return text
         return convert(text, next(a for a in get_args(kind) if a is not type(None)))
     if origin is tuple:
         inner = get_args(kind)[0]
@@ -181,9 +184,13 @@ def describe(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if origin in (types.UnionType, typing.Union):
-        return f"{describe(next(a for a in get_args(kind) if a is not type(None)))}, or none"
+        one, *others = (a for a in get_args(kind) if a is not type(None))
+        words = [w for other in others for w in get_args(other)] or ["none"]
+        return f"{describe(one)}, or {', '.join(words)}"
     if origin is tuple:
-        return f"list of {describe(get_args(kind)[0])}s"
+        inner = get_args(kind)[0]
+        one, _, others = describe(inner).partition(",")
+        return f"list of {one}s{',' + others if others else ''}"
     words = {bool: "true or false", int: "whole number", float: "number"}
     return words.get(kind, "word")
 
