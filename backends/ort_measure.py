@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -149,7 +150,8 @@ def cut(
     shapes: graph.Shapes,
 ) -> set[str]:
     """The layers that the assignment of least time leaves in float."""
-    edges = borders(model, layers, floats, integers, shapes)
+    rate = integers.conversions / max(_borders(model, layers, shapes), 1)
+    edges = borders(model, layers, floats, integers, rate, shapes)
     names = [layer.name for layer in layers]
     places = {name: number for number, name in enumerate(names)}
     network = Network(0, edges, places, [np.array([True, False])] * len(names))
@@ -162,17 +164,16 @@ def borders(
     layers: Sequence[Layer],
     floats: Profile,
     integers: Profile,
+    rate: float,
     shapes: graph.Shapes,
 ) -> list[Edge]:
     """What lies between ``layers``, and getting from integers (the first side) to floats and back.
 
-    An operator that has an integer form runs in integers only where all that it reads are.
+    That takes ``rate`` an element. An operator that has an integer form runs in integers only where
+    all that it reads are.
     """
-    decided = {layer.node for layer in layers}
     follows = _follows(model)
-    writes = {layer.node for layer in layers if layer.kind in ("conv", "depthwise")} | follows
-    whole = {n for n in model.graph if n in decided or n in follows}
-    rate = integers.conversions / max(_borders(model, decided, writes, whole, shapes), 1)
+    writes, whole = _sides(layers, follows)
     edges: list[Edge] = []
     for node in (n for n in model.graph if n in follows):
         name = node.name or ""
@@ -212,15 +213,16 @@ def _values(model: ir.Model) -> Iterable[ir.Value]:
             yield value
 
 
-def _borders(
-    model: ir.Model,
-    decided: set[ir.Node],
-    writes: set[ir.Node],
-    whole: set[ir.Node],
-    shapes: graph.Shapes,
-) -> float:
-    """The elements that are converted where every decided layer runs in integers."""
-    inside = set(decided)
+def _sides(layers: Sequence[Layer], follows: set[ir.Node]) -> tuple[set[ir.Node], set[ir.Node]]:
+    """What may write integers, and what may read them."""
+    writes = {layer.node for layer in layers if layer.kind in ("conv", "depthwise")}
+    return writes | follows, {layer.node for layer in layers} | follows
+
+
+def _borders(model: ir.Model, layers: Sequence[Layer], shapes: graph.Shapes) -> float:
+    """The elements that are converted where ``layers`` run in integers and no others."""
+    writes, whole = _sides(layers, _follows(model))
+    inside = {layer.node for layer in layers}
     for node in model.graph:
         read = [v for v in node.inputs if v is not None and not graph.is_constant(v)]
         if node in whole and all(v.producer() in inside & writes for v in read):
@@ -255,7 +257,12 @@ def timing(decided: Mapping[str, ir.Model], target: Target, calibration: Calibra
     whole = sum(floats.times.values()) + floats.conversions
     varied = set(names)
     if any(layer.input is not None and layer.input.spec is not None for layer in layers):
-        edges = borders(first, layers, floats, profiles[forms[0]], calibration.shapes(first))
+        shapes = calibration.shapes(first)
+        # With every second layer in float, for borders of the sizes that a choice will have.
+        mixed = changed(first, Choice(float=tuple(names[1::2])))
+        conversions = _profile(mixed, target, sample, plain).conversions
+        rate = conversions / max(_borders(first, layers[::2], shapes), 1)
+        edges = borders(first, layers, floats, profiles[forms[0]], rate, shapes)
         varied |= {node.name or "" for node in _follows(first)}
     rest = whole - sum(floats.node(name) for name in varied)
     times = {form: {n: profile.node(n) for n in names} for form, profile in profiles.items()}
@@ -263,13 +270,20 @@ def timing(decided: Mapping[str, ir.Model], target: Target, calibration: Calibra
 
 
 def ratio(decided: ir.Model, floats: ir.Model, target: Target, calibration: Calibration) -> float:
-    """The median latency of ``decided`` in that of ``floats``, both lowered, run in turn."""
+    """The latency of ``decided`` in that of ``floats``, both lowered and run in turn.
+
+    The median of three medians, each of sessions of its own: where a session finds its memory makes
+    a difference, and what else a machine does may last for one of them.
+    """
     lowered = [model.clone() for model in (floats, floats, decided)]
     for model in lowered:
         target.lower(model)
-    one, again, other = (execute.Session(model, threads=1) for model in lowered)
-    rounds = bench.rounds_for(one, calibration.samples, 2 * SECONDS)
-    return bench.interleaved(one, again, other, calibration.samples, rounds).ratio
+    found: list[float] = []
+    for _ in range(3):
+        one, again, other = (execute.Session(model, threads=1) for model in lowered)
+        rounds = bench.rounds_for(one, calibration.samples, SECONDS)
+        found.append(bench.interleaved(one, again, other, calibration.samples, rounds).ratio)
+    return statistics.median(found)
 
 
 # -- whole models -------------------------------------------------------------------------------

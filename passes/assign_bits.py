@@ -180,7 +180,7 @@ class AssignBits(Pass):
             ctx.log(f"  latency {measured:.3f} of float, predicted {predicted:.3f}")
             if _CLOSE * budget.amount <= measured <= budget.amount:
                 break
-            aim = _WITHIN * budget.amount * predicted / measured
+            aim = min(_WITHIN * budget.amount * predicted / measured, 1.0)
         met = [(f, s) for f, s in tried.values() if float(s["measured latency"]) <= budget.amount]
         if not met:
             least = min(float(said["measured latency"]) for _, said in tried.values())
