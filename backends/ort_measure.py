@@ -16,6 +16,7 @@ import dataclasses
 import math
 import re
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -155,7 +156,7 @@ def cut(
     names = [layer.name for layer in layers]
     places = {name: number for number, name in enumerate(names)}
     network = Network(0, edges, places, [np.array([True, False])] * len(names))
-    times = [np.array([integers.node(name), floats.node(name)]) for name in names]
+    times = [np.array([integers.node(name), floats.node(name)], np.float64) for name in names]
     return {name for name, side in zip(names, network.least(times)[1], strict=True) if side}
 
 
@@ -272,8 +273,9 @@ def timing(decided: Mapping[str, ir.Model], target: Target, calibration: Calibra
 def ratio(decided: ir.Model, floats: ir.Model, target: Target, calibration: Calibration) -> float:
     """The latency of ``decided`` in that of ``floats``, both lowered and run in turn.
 
-    The median of three medians, each of sessions of its own: where a session finds its memory makes
-    a difference, and what else a machine does may last for one of them.
+    The median of three medians, each of sessions of its own, because where a session finds its
+    memory makes a difference. By the clock of the thread, which does not run while the thread waits
+    for what else the machine does; on an idle one it is that of the wall.
     """
     lowered = [model.clone() for model in (floats, floats, decided)]
     for model in lowered:
@@ -282,7 +284,8 @@ def ratio(decided: ir.Model, floats: ir.Model, target: Target, calibration: Cali
     for _ in range(3):
         one, again, other = (execute.Session(model, threads=1) for model in lowered)
         rounds = bench.rounds_for(one, calibration.samples, SECONDS)
-        found.append(bench.interleaved(one, again, other, calibration.samples, rounds).ratio)
+        timed = bench.interleaved(one, again, other, calibration.samples, rounds, time.thread_time)
+        found.append(timed.ratio)
     return statistics.median(found)
 
 

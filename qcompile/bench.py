@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from qcompile import sequences
 from qcompile.execute import Array, Session
@@ -34,12 +34,13 @@ def interleaved(
     compiled: Session,
     samples: Sequence[Sample],
     rounds: int = 60,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Latency:
     """Run the three sessions in turn ``rounds`` times and compare.
 
     ``again`` is a second session of the float model, for the null.
     """
-    times = in_turn([float_model, compiled, again], [samples] * 3, rounds)
+    times = in_turn([float_model, compiled, again], [samples] * 3, rounds, clock)
     base, quantized, null = (statistics.median(t) for t in times)
     return Latency(
         float_ms=base * 1e3,
@@ -52,15 +53,18 @@ def interleaved(
 
 
 def in_turn(
-    models: Sequence[Session], samples: Sequence[Sequence[Sample]], rounds: int
+    models: Sequence[Session],
+    samples: Sequence[Sequence[Sample]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
     """The seconds of ``rounds`` runs of each of ``models`` on its ``samples``, behind three more.
 
-    They take turns, so that what slows the machine down slows all of them. In its turn each runs
+    By ``clock``. They take turns, so that what slows the machine down slows all of them. In its turn each runs
     twice and the second run counts: on a device a model runs again and again, and does not find the
     caches as another model left them.
     """
-    timed = [_Timed(session) for session in models]
+    timed = [_Timed(session, clock) for session in models]
     runs = [
         sequences.carry(each, itertools.cycle(read), Samples.of(read).state)
         for each, read in zip(timed, samples, strict=True)
@@ -83,8 +87,8 @@ def rounds_for(session: Session, samples: Sequence[Sample], seconds: float) -> i
 class _Timed:
     """A session whose every run is one to warm up and one that is timed, in ``times`` (seconds)."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, clock: Callable[[], float]) -> None:
+        self._session, self._clock = session, clock
         self.outputs = session.outputs
         self.times: list[float] = []
 
@@ -93,7 +97,7 @@ class _Timed:
     ) -> dict[str, Array]:
         """Run twice; the second run counts."""
         self._session.run(feeds, outputs)
-        started = time.perf_counter()
+        started = self._clock()
         results = self._session.run(feeds, outputs)
-        self.times.append(time.perf_counter() - started)
+        self.times.append(self._clock() - started)
         return results

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import graphs
@@ -15,18 +16,30 @@ import onnx_ir as ir
 import pytest
 from command import Command
 
-from qcompile import assignment, capture, execute, factors, graph, pipeline, registry
+from qcompile import (
+    assignment,
+    capture,
+    execute,
+    factors,
+    graph,
+    options,
+    pipeline,
+    registry,
+    spec,
+)
 from qcompile import sensitivity as sensitivities
 from qcompile.assignment import Assigner, Budget, Costs, Items, Pairs
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.calibrate import Calibration
 from qcompile.deciding import Weights
-from qcompile.errors import PassError, PipelineSyntaxError, QCompileError
+from qcompile.errors import PassError, PipelineSyntaxError, QCompileError, TargetError
 from qcompile.models import fashion
+from qcompile.numerics import Grid, IntFormat
 from qcompile.pipeline import Context
 from qcompile.ports import inputs_of
 from qcompile.sensitivity import Sensitivity
 from qcompile.sources import Data, load
+from qcompile.timing import FLOAT, Timing
 
 DEEP = """(float[2,16] x) => (float[2,4] y)
     <float[16,24] w1, float[24] b1, float[24,24] w2, float[24,4] w3, float[4] b3> {
@@ -104,6 +117,21 @@ def test_a_trial_costs_what_the_whole_model_with_that_weight_does(source: str, m
         assert measure.cost(layers, graph.constant(value)) < 1e-10  # another order of sums
 
 
+def test_a_trial_reads_its_input_as_rounded() -> None:
+    model, data = tiny()
+    grid = Grid(IntFormat(8, signed=False), np.array(0.05, np.float32), np.array(100, np.int32))
+    [first, *_] = graph.layers(model)
+    metric = sensitivities.metric("nsr")
+    measure = Sensitivity(model, data.samples, metric, {first.name: grid})
+    rounded = [{"x": grid.round_trip(sample["x"])} for sample in data.samples]
+    trios = [
+        (sample, execute.execute(model, sample), execute.execute(model, entered))
+        for sample, entered in zip(data.samples, rounded, strict=True)
+    ]
+    weight = graph.constant(first.weight.value)
+    np.testing.assert_allclose(measure.cost([first], weight), metric(trios), rtol=1e-4)
+
+
 def test_a_trial_counts_by_the_macs_behind_its_layer() -> None:
     model, data = tiny()
     measure = Sensitivity(model, data.samples, sensitivities.metric("nsr"))
@@ -174,13 +202,13 @@ def test_fmpq_equals_the_exhaustive_search_over_its_breakpoints() -> None:
 @pytest.mark.parametrize("method", ["mlorq", "fmpq"])
 def test_a_lazy_table_loses_little_for_a_part_of_the_passes(method: str) -> None:
     model, data = vit()
-    options = f"samples=2 range=minmax method={method}"
-    lazily, lazy = run(model, f"assign-bits{{{options}}}", Calibration(data.data))
-    _, full = run(model, f"assign-bits{{{options} table=full}}", data)
+    chosen = f"samples=2 range=minmax method={method}"
+    lazily, lazy = run(model, f"assign-bits{{{chosen}}}", Calibration(data.data))
+    _, full = run(model, f"assign-bits{{{chosen} table=full}}", data)
     assert lazy["forward passes"] < 0.3 * full["of a whole table of"]
     assert lazy["cost"] <= 1.1 * full["cost"]
     assert lazy["bits a weight"] <= 4
-    again, counters = run(model, f"assign-bits{{{options}}}", data)
+    again, counters = run(model, f"assign-bits{{{chosen}}}", data)
     assert counters["forward passes"] == 0  # all is known,
     assert widths(lazily) == widths(again)  # and changes nothing
 
@@ -225,6 +253,14 @@ def test_luck_below_zero_wins_no_layer_its_bits() -> None:
         ("budget=bits=1", "budget bits=1 is too small: the least possible is bits=2"),
         ("budget=size=10", "budget size=10 is too small: the least possible is size="),
         ("budget=4MB", "is no bits=4.5 and no size=4MB"),
+        ("budget=bits=0.5x", "is no bits=4.5"),
+        ("budget=latency=5", "no latency=0.6x, of float"),
+        ("budget=latency=1x,latency=2x", "one budget of latency"),
+        ("budget=latency=0.6x method=fmpq", "latency goes with method=mlorq"),
+        ("budget=bops=1k", "no bops=20G"),
+        ("budget=bops=10", "budget bops=10 is too small: the least possible is bops="),
+        ("budget=bops=0.05x", "budget bops=0.05x is too small: the least possible is bops=0.0625x"),
+        ("choices=float", "choices are widths of 2 to 8 bits, and float; got float"),
         ("budget=watts=3", "is no bits=4.5 and no size=4MB"),
         ("budget=", "needs a budget"),
         ("choices=1,4", "choices are widths of 2 to 8 bits"),
@@ -239,6 +275,143 @@ def test_what_cannot_be_had_is_said(options: str, says: str) -> None:
     model, data = tiny()
     with pytest.raises((PassError, PipelineSyntaxError), match=says):
         run(model, f"assign-bits{{{options}}}", data)
+
+
+# -- float, bit operations, latency -------------------------------------------------------------
+
+LAYERS_8 = "choices=8,float input=int8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock(OrtCpu):
+    """A machine on which a layer takes a microsecond a weight, and ``int8`` of that in integers.
+
+    What stands between layers takes ``rest``, and whole models with integers take ``slower`` times
+    what their layers do.
+    """
+
+    int8: float = 0.25
+    rest: float = 0.0
+    slower: float = 1.0
+
+    def timing(self, decided: Mapping[str, ir.Model], calibration: Calibration) -> Timing:
+        layers = {form: self._times(model) for form, model in decided.items()}
+        whole = sum(layers[FLOAT].values()) + self.rest
+        return Timing(layers, whole, self.rest)
+
+    def ratio(self, decided: ir.Model, floats: ir.Model, calibration: Calibration) -> float:
+        one, other = (sum(self._times(m).values()) + self.rest for m in (decided, floats))
+        return one / other * (self.slower if widths(decided) else 1.0)
+
+    def _times(self, model: ir.Model) -> dict[str, float]:
+        return {
+            layer.name: (self.int8 if layer.weight.spec else 1.0) * weights(layer)
+            for layer in graph.layers(model)
+        }
+
+
+def weights(layer: graph.Layer) -> int:
+    return graph.constant(layer.weight.value).size
+
+
+def test_with_room_for_all_every_layer_stays_float_and_costs_nothing() -> None:
+    model, data = tiny()
+    decided, counters = run(model, "assign-bits{choices=4,8,float budget=bits=32}", data)
+    assert widths(decided) == [] and counters["cost"] == 0
+    assert counters["bits a weight"] == 32 and counters["in float"] == 3
+    assert counters["stored bytes"] == 4 * sum(map(weights, graph.layers(model)))
+
+
+@pytest.mark.parametrize("method", ["mlorq", "fmpq", "greedy"])
+def test_bit_operations_are_multiplications_times_bits(method: str) -> None:
+    model, data = tiny()
+    chosen = f"budget=bops=0.5x method={method} {LAYERS_8}"
+    decided, counters = run(model, f"calibrate,assign-bits{{{chosen}}}", data)
+    macs = {layer.name: 2 * weights(layer) for layer in graph.layers(decided)}
+    inside = {layer.name for layer in graph.layers(decided) if layer.weight.spec}
+    spent = sum(n * (64 if name in inside else 1024) for name, n in macs.items())
+    share = spent / (1024 * sum(macs.values()))
+    assert share <= 0.5 and counters["bit operations of float"] == pytest.approx(share, rel=1e-3)
+    assert counters["in float"] == 3 - len(inside)
+    for layer in graph.layers(decided):
+        assert layer.input is not None
+        assert (layer.input.spec is None) == (layer.weight.spec is None)
+    same, _ = run(model, f"calibrate,assign-bits{{{chosen.replace('0.5x', f'{spent}')}}}", data)
+    assert widths(same) == widths(decided)
+
+
+def met(target: Clock, budget: str) -> dict[str, Any]:
+    """What the pass counts on ``target``, which must hold the budget."""
+    model, data = tiny()
+    context = Context(calibration=data, target=target, reference=model)
+    text = f"calibrate,assign-bits{{budget={budget} {LAYERS_8}}}"
+    counters = pipeline.run(model, pipeline.parse(text, registry.passes()), context)[-1].counters
+    plain = model.clone()
+    for layer in graph.layers(plain):
+        spec.clear(layer.node)
+    limit = Budget.parse(budget.split(",")[0]).amount
+    measured = target.ratio(model, plain, data)
+    assert measured <= limit
+    assert counters["measured latency"] == pytest.approx(measured, rel=1e-2)
+    return counters
+
+
+def test_a_budget_of_latency_is_met_by_measurement() -> None:
+    # w1 has 384, w2 576, w3 96 weights: with w2 alone in integers 0.59 of float are left.
+    exact = met(Clock(), "latency=0.61x")
+    assert exact["in float"] == 2 and exact["models measured"] == 1
+    assert exact["predicted latency"] == pytest.approx(0.591, abs=1e-3)
+    # What is slower than predicted needs another layer, what is faster one less.
+    slower = met(Clock(slower=1.2), "latency=0.61x")
+    assert slower["in float"] == 1 and slower["measured latency"] > slower["predicted latency"]
+    faster = met(Clock(slower=0.7), "latency=0.61x")
+    assert faster["in float"] == 2 and faster["cost"] <= exact["cost"]
+
+
+def test_other_budgets_hold_beside_one_of_latency() -> None:
+    counters = met(Clock(), "latency=0.6x,bits=9")
+    assert counters["bits a weight"] <= 9 and counters["measured latency"] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("target", "least"), [(Clock(), "0.25"), (Clock(rest=352), "0.438"), (Clock(int8=2), "1")]
+)
+def test_a_latency_that_cannot_be_had_is_said_with_the_least(target: Clock, least: str) -> None:
+    says = f"latency=0.2x is not met: the least that was measured is latency={least}x"
+    with pytest.raises(PassError, match=says):
+        met(target, "latency=0.2x")
+
+
+def test_a_latency_is_for_targets_that_run_here() -> None:
+    steps = pipeline.parse(
+        f"calibrate,assign-bits{{budget=latency=0.6x {LAYERS_8}}},insert-qdq", registry.passes()
+    )
+    pipeline.check(steps, [OrtCpu()])
+    with pytest.raises(TargetError, match="tensorrt-rtx does not run here"):
+        pipeline.check(steps, [options.parse_target("tensorrt-rtx")])
+    shared, forked = pipeline.fork(steps)
+    assert [len(shared), len(forked)] == [1, 2]  # each target has its own choice
+
+
+def test_latency_is_measured_on_the_runtime() -> None:
+    path, data = fashion.path(fashion.CNN), fashion.path(fashion.CALIBRATION)
+    model = capture.capture(str(path))
+    calibration = Calibration(load(str(data), inputs_of(model)))
+    # Twice float is met by whatever this machine finds.
+    text = f"simplify,fold-bn,calibrate,assign-bits{{budget=latency=2x samples=2 {LAYERS_8}}}"
+    decided, counters = run(model, text, calibration)
+    assert 0 < counters["measured latency"] <= 2 and counters["models measured"] >= 1
+    assert 0 < counters["predicted latency"] <= 2
+    assert counters["in float"] == counters["layers"] - len(widths(decided))
+    plain = run(model, "simplify,fold-bn,calibrate", calibration)[0]
+    every, _ = run(plain, "quantize", calibration)
+    timed = OrtCpu().timing({FLOAT: plain, "int8": every}, calibration)
+    assert set(timed.layers) == {FLOAT, "int8"} and timed.rest >= 0
+    for times in timed.layers.values():
+        assert set(times) == {layer.name for layer in graph.layers(plain)}
+        assert sum(times.values()) > 0 and min(times.values()) >= 0
+    nodes = {name for edge in timed.borders for name in edge[:2]}
+    assert set(timed.layers[FLOAT]) <= nodes
 
 
 # -- low rank -----------------------------------------------------------------------------------
@@ -329,9 +502,9 @@ def test_without_an_option_of_its_own_a_rank_is_a_share_of_the_multiplications()
     model, data = tiny()
     _, counters = run(model, "low-rank{share=0.5}", data)
     assert counters["weights"] <= 0.5 * counters["before"]
-    for options, says in (("rank=-1", "rank starts at 1"), ("share=0", "must be above 0")):
+    for option, says in (("rank=-1", "rank starts at 1"), ("share=0", "must be above 0")):
         with pytest.raises(PipelineSyntaxError, match=says):
-            run(model, f"low-rank{{{options}}}", data)
+            run(model, f"low-rank{{{option}}}", data)
 
 
 # -- qcompile pareto ----------------------------------------------------------------------------

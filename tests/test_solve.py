@@ -87,6 +87,57 @@ def test_more_candidates_and_more_budget_are_never_worse(problem: Problem) -> No
     assert solve.knapsack(costs, sizes, limits + 7).cost <= many * (1 + solve.GAP)
 
 
+def drawn(rng: np.random.Generator) -> tuple[list[Doubles], list[Doubles], solve.Network]:
+    """Costs, sizes of two budgets, and a network of three items and two other nodes."""
+    counts = [int(n) for n in rng.integers(1, 4, 3)]
+    costs: list[Doubles] = [rng.uniform(0, 1, n) for n in counts]
+    sizes: list[Doubles] = [rng.integers(0, 9, (n, 2)).astype(np.float64) for n in counts]
+    first = [rng.random(n) < 0.5 for n in counts]
+    nodes = [solve.FIRST, solve.OTHER, "a", "b", "c", "free", "freer"]
+    edges: list[solve.Edge] = []
+    for _ in range(12):
+        start, end = (nodes[int(n)] for n in rng.choice(len(nodes), 2, replace=False))
+        forbids = rng.random() < 0.15 and start.startswith("free")
+        edges.append((start, end, np.inf if forbids else float(rng.integers(0, 9))))
+    items = {"a": 0, "b": 1, "c": 2}
+    return costs, sizes, solve.Network(1, edges, items, first)
+
+
+def cut(network: solve.Network, choice: Sequence[int]) -> float:
+    """The least load of all places of the nodes that are no item."""
+    loads: list[float] = []
+    for places in itertools.product((False, True), repeat=2):
+        near = dict(zip(("free", "freer"), places, strict=True))
+        near |= {solve.FIRST: True, solve.OTHER: False}
+        near |= {n: bool(network.first[i][choice[i]]) for n, i in network.items.items()}
+        loads.append(sum(load for u, v, load in network.edges if near[u] and not near[v]))
+    return min(loads)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_lies_between_neighbours_counts_as_enumeration_counts_it(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    costs, sizes, network = drawn(rng)
+    limits = np.array([rng.integers(5, 25), rng.integers(10, 60)], float)
+    loads: dict[tuple[int, ...], Doubles] = {}
+    for choice in itertools.product(*(range(len(c)) for c in costs)):
+        loads[choice] = np.sum([s[i] for s, i in zip(sizes, choice, strict=True)], axis=0)
+        loads[choice][1] += cut(network, choice)
+        assert network.load(choice) == pytest.approx(cut(network, choice))
+    least, near = network.least([s[:, 1] for s in sizes])
+    assert least == pytest.approx(min(load[1] for load in loads.values()))
+    assert loads[tuple(near)][1] == pytest.approx(least)
+    known = {c: sum(x[i] for x, i in zip(costs, c, strict=True)) for c in loads}
+    fit = [cost for choice, cost in known.items() if (loads[choice] <= limits).all()]
+    if not fit:
+        with pytest.raises(PassError, match=r"least possible|fits all of the budgets"):
+            solve.knapsack(costs, sizes, limits, network)
+        return
+    found = solve.knapsack(costs, sizes, limits, network)
+    assert (loads[found.choice] <= limits).all()
+    assert found.cost <= min(fit) * (1 + solve.GAP) + 1e-12
+
+
 def test_forty_items_of_real_size_equal_the_dynamic_program() -> None:
     rng = np.random.default_rng(3)
     costs = [10.0 ** rng.uniform(-6, -1) * 4.0 ** -np.arange(2.0, 9) for _ in range(40)]

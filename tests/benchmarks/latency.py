@@ -6,12 +6,13 @@ Layers have int8 weights and int8 inputs, rounded to the nearest, or stay float.
 assign-bits under the budget; *most work first* quantizes the layers with the most MACs, as few as
 meet the budget; *ends in float* leaves layers from both ends in float, as many as the budget lets.
 Each rule is measured as assign-bits measures, until it meets the budget; *all* quantizes every
-layer. Then float and all of a model are run in turn, one thread, the median of the ratio to float;
-*null* is float against float there. *Predicted* is what assign-bits expected of its choice, and
-*in the pass* what it measured. SQNR is over all judge samples together, which calibrated nothing,
-with a 95 % interval of a bootstrap over them. ``--quick`` takes the shipped CNN with fewer samples.
-Nothing is drawn at random but the bootstrap; latencies differ from run to run, and choices with
-them.
+layer. Then float and all of a model are run in turn, one thread. *Latency* is the ratio of medians
+to float by the clock of the thread, *wall* by that of the wall, which shows what else the machine
+did; *null* is float against float by the former. *Predicted* is what assign-bits expected of its
+choice, and *in the pass* what it measured. SQNR is over all judge samples together, which
+calibrated nothing, with a 95 % interval of a bootstrap over them. ``--quick`` takes the shipped CNN
+with fewer samples. Nothing is drawn at random but the bootstrap; latencies differ from run to run,
+and choices with them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import common
@@ -37,7 +39,7 @@ from qcompile.deciding import WEIGHTED
 from qcompile.execute import Session
 from qcompile.pipeline import Context
 from qcompile.ports import inputs_of
-from qcompile.sources import load
+from qcompile.sources import Sample, load
 
 FRONT = "simplify,recompose,fold-bn,calibrate"
 # Rounds of the last comparison, in which all of a model take turns.
@@ -57,6 +59,7 @@ class Row:
     in_float: int
     layers: int
     latency: float
+    wall: float
     null: float
     predicted: float | None
     in_pass: float | None
@@ -136,13 +139,14 @@ def measure(work: Work, budget: float, quick: bool, seed: int) -> list[Row]:
         OrtCpu().lower(model)
     sessions = [Session(model, threads=1) for model in lowered]
     calibration = made.context.data().samples
-    times = bench.in_turn(sessions, [calibration] * len(sessions), ROUNDS)
-    floats, null, *others = (statistics.median(each) for each in times)
+    clocks = (time.thread_time, time.perf_counter)
+    busy, wall = (ratios(sessions, calibration, clock) for clock in clocks)
     reference = made.context.reference
     assert reference is not None
     judges = list(work.judge())[: 300 if quick else None]
     rows: list[Row] = []
-    for (name, decided), session, seconds in zip(found.items(), sessions[2:], others, strict=True):
+    for place, (name, decided) in enumerate(found.items(), 2):
+        session = sessions[place]
         signal, noise, _, _ = int8.powers(Session(reference), session, judges)
         counted = decided.counted
         specs = [layer.weight.spec for layer in graph.layers(decided.model)]
@@ -151,7 +155,7 @@ def measure(work: Work, budget: float, quick: bool, seed: int) -> list[Row]:
             Row(
                 work.name, name, budget, decided.text,
                 len(made.layers) - sum(s is not None for s in specs), len(made.layers),
-                seconds / floats, null / floats,
+                busy[place], wall[place], busy[1],
                 None if predicted is None else float(predicted),
                 None if in_pass is None else float(in_pass),
                 float(10 * np.log10(signal.sum() / noise.sum())),
@@ -159,6 +163,15 @@ def measure(work: Work, budget: float, quick: bool, seed: int) -> list[Row]:
             )
         )  # fmt: skip
     return rows
+
+
+def ratios(
+    sessions: Sequence[Session], samples: Sequence[Sample], clock: Callable[[], float]
+) -> list[float]:
+    """The median time of each session in that of the first, run in turn."""
+    times = bench.in_turn(sessions, [samples] * len(sessions), ROUNDS, clock)
+    medians = [statistics.median(each) for each in times]
+    return [median / medians[0] for median in medians]
 
 
 def claims(rows: Sequence[Row], seeds: int) -> list[Claim]:
@@ -188,13 +201,14 @@ def table(rows: Sequence[Row]) -> Table:
     shown = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("model", "choice"):
         shown.add_column(column)
-    for column in ("in float", "latency", "null", "predicted", "in the pass", "SQNR dB"):
+    for column in ("in float", "latency", "wall", "null", "predicted", "in the pass", "SQNR dB"):
         shown.add_column(column, justify="right")
     for row in rows:
         low, high = row.interval
         shown.add_row(
             row.work, row.choice, f"{row.in_float} of {row.layers}", f"{row.latency:.3f}",
-            f"{row.null:.3f}", "" if row.predicted is None else f"{row.predicted:.3f}",
+            f"{row.wall:.3f}", f"{row.null:.3f}",
+            "" if row.predicted is None else f"{row.predicted:.3f}",
             "" if row.in_pass is None else f"{row.in_pass:.3f}",
             f"{row.sqnr:.1f} [{low:.1f}, {high:.1f}]",
         )  # fmt: skip
