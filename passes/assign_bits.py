@@ -25,6 +25,8 @@ from qcompile.errors import PassError
 from qcompile.factors import Weigh
 from qcompile.numerics import Grid, IntFormat, RangeMethod
 from qcompile.passes.gptq import Gptq
+from qcompile.passes.quantize import Quantize
+from qcompile.passes.set import Set
 from qcompile.pipeline import Context, Pass, Stats
 from qcompile.sources import Data
 from qcompile.timing import FLOAT, Timing
@@ -32,6 +34,7 @@ from qcompile.timing import FLOAT, Timing
 # A prediction is scaled so often; the aim is as far below the budget as noise goes, and below the
 # last of these something more exact may fit.
 _ROUNDS, _WITHIN, _CLOSE = 5, 0.98, 0.95
+WHY = "float-is-worth-its-place-in-the-budget"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +69,9 @@ class AssignBits(Pass):
     where it stands, and what is predicted is the sum over layers, what lies between them, and the
     borders between integers and floats (a cut: see ``solve``). Whole models as lowered are then run
     in turn with float, and the prediction is scaled by what they show until the budget is met by
-    measurement. What is measured differs from run to run, and so may the choice. Targets that do
-    not run here refuse it: without their clock there is ``bops``, which is exact.
+    measurement. What is measured differs from run to run, and so may the choice; ``pipeline.txt``
+    has the choice that was made. Targets that do not run here refuse it: without their clock there
+    is ``bops``, which is exact.
 
     Raises PassError for a budget that cannot be met, saying the least that is possible.
     """
@@ -132,9 +136,7 @@ class AssignBits(Pass):
         return (self.input,)
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
-        excluded = {layer.node for layer in graph.select(model, self.exclude, "exclude")}
-        chosen = graph.select(model, self.include, "include") if any(graph.layers(model)) else []
-        layers = [c for c in chosen if c.node not in excluded and c.kind in WEIGHTED]
+        layers = self._layers(model)
         if not layers:
             return {"layers": 0}
         names = [layer.name for layer in layers]
@@ -158,6 +160,29 @@ class AssignBits(Pass):
         found, more = self._met(model, assigner, ctx)
         self._decide(model, costs.items, found, ctx)
         return self._stats(assigner, found, costs.sensitivity.passes - before) | more
+
+    def chosen(self, model: ir.Model) -> Sequence[Pass]:
+        """The widths of ``model``, as quantize and set say them."""
+        globs: dict[str, list[str]] = {}
+        for layer in self._layers(model):
+            form = layer.weight.spec.format if layer.weight.spec else FLOAT
+            globs.setdefault(form, []).append(graph.glob_of(layer.name))
+        floats = globs.pop(FLOAT, [])
+        if not globs:
+            return [self]
+        made: list[Pass] = [
+            Quantize(
+                form, self.input, self.granularity, self.block, self.range, include=tuple(names)
+            )
+            for form, names in sorted(globs.items())
+        ]
+        return made + ([Set(tuple(floats), FLOAT, FLOAT, why=WHY)] if floats else [])
+
+    def _layers(self, model: ir.Model) -> list[graph.Layer]:
+        """The layers that are to be decided."""
+        excluded = {layer.node for layer in graph.select(model, self.exclude, "exclude")}
+        chosen = graph.select(model, self.include, "include") if any(graph.layers(model)) else []
+        return [c for c in chosen if c.node not in excluded and c.kind in WEIGHTED]
 
     def _met(self, model: ir.Model, assigner: Assigner, ctx: Context) -> tuple[Assigned, Stats]:
         """The choice of least cost that was measured to meet the budget of latency, and how."""
@@ -273,7 +298,7 @@ class AssignBits(Pass):
         if bits == FLOAT_BITS:
             for layer in layers:
                 spec.clear(layer.node)
-                layer.node.metadata_props[graph.REASON] = "float was worth its place in the budget"
+                layer.node.metadata_props[graph.REASON] = WHY.replace("-", " ")
             return
         how = dataclasses.replace(self._how(), format=f"int{bits}")
         decide_weights(model, list(layers), how, ctx)

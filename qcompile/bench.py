@@ -60,9 +60,9 @@ def in_turn(
 ) -> list[list[float]]:
     """The seconds of ``rounds`` runs of each of ``models`` on its ``samples``, behind three more.
 
-    By ``clock``. They take turns, so that what slows the machine down slows all of them. In its turn each runs
-    twice and the second run counts: on a device a model runs again and again, and does not find the
-    caches as another model left them.
+    By ``clock``. They take turns, so that what slows the machine down slows all of them. In its
+    turn each runs twice and the second run counts: on a device a model runs again and again, and
+    does not find the caches as another model left them.
     """
     timed = [_Timed(session, clock) for session in models]
     runs = [

@@ -279,7 +279,8 @@ def pareto_command(
     calib
         Calibration data, as for compiling; a part is kept apart to judge.
     budgets
-        Budgets of assign-bits: bits=3,3.5,4 or size=2MB,3MB, or both kinds, one after the other.
+        Budgets of assign-bits: bits=3,3.5,4 or size=2MB,3MB, or several kinds, one after the other.
+        With one of latency, as latency=0.5x,0.7x, the latency of every choice is measured as well.
     passes
         A pipeline with one assign-bits, whose budget is replaced.
     target

@@ -325,15 +325,27 @@ class Compiler:
                 decided = model
 
         self._whole = self.passes
-        front = position + last
         count = self._evaluation.count if self._evaluation else 0
         found: search.Found | None = None
         done: list[Step] = []
+        while (timed := next((i for i, p in enumerate(passes[:last]) if p.measures()), -1)) >= 0:
+            # No two measurements are alike: the text that makes the file again has their choice.
+            behind, whole = timed + 1, self._whole
+            model, more = self._through(
+                model, passes[:behind], context, judge, place, position, keys[:behind]
+            )
+            done += more
+            chosen = passes[timed].chosen(model)
+            self._whole = [*whole[: position + timed], *chosen, *whole[position + behind :]]
+            position += timed + len(chosen)
+            passes, keys, last = passes[behind:], keys[behind:], last - behind
+        front = position + last
         if self.options.measure and context.calibration is not None:
-            model, done = self._through(model, passes[:last], context, judge, place, position, keys)
+            model, more = self._through(model, passes[:last], context, judge, place, position, keys)
+            done += more
             texts = target.measure(model, context.calibration, self.options.log)
             chosen = pipeline.parse(",".join(texts), registry.passes()) if texts else []
-            self._whole = [*self.passes[:front], *chosen, *self.passes[front:]]
+            self._whole = [*self._whole[:front], *chosen, *self._whole[front:]]
             position, keys, passes, last = front, [], self._whole[front:], len(chosen)
             front += last
         if self._evaluation is not None and self.bound is not None and last < len(passes):

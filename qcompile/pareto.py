@@ -37,7 +37,8 @@ class Point:
 
     ``bits`` a weight of codes alone, ``bytes`` of all weights as they are written, ``sqnr`` in dB
     of the worst output on judge samples, which calibrated nothing. ``kind`` is that of the choice:
-    ``assigned`` or ``uniform``.
+    ``assigned`` or ``uniform``. ``latency`` is that of the whole model in that of float, measured
+    where one of the budgets is of latency.
     """
 
     kind: str
@@ -46,6 +47,11 @@ class Point:
     bytes: int
     sqnr: float
     passes: str
+    latency: float | None = None
+
+    def merits(self) -> tuple[float, ...]:
+        """Numbers of which more is better."""
+        return -self.bits, -self.bytes, self.sqnr, -(self.latency or 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +69,15 @@ class Front:
         return json.dumps({**dataclasses.asdict(self), "versions": report.versions()}, indent=1)
 
     def is_best(self, point: Point) -> bool:
-        """Whether no other point has as few bits and bytes and as much SQNR, and more of one."""
-        mine = (-point.bits, -point.bytes, point.sqnr)
-        others = ((-p.bits, -p.bytes, p.sqnr) for p in self.points)
+        """Whether no other point is nowhere worse and better in one of its merits."""
+        mine, others = point.merits(), (p.merits() for p in self.points)
         return not any(
             o != mine and all(a >= b for a, b in zip(o, mine, strict=True)) for o in others
         )
 
 
 def budgets(text: str) -> list[Budget]:
-    """Read ``bits=3,3.5,4`` or ``size=1MB,2MB``: a kind holds until the next is named."""
+    """Read ``bits=3,3.5,4`` or ``latency=0.5x,0.7x``: a kind holds until the next is named."""
     found: list[Budget] = []
     for part in filter(None, text.split(",")):
         kind = found[-1].kind if found and "=" not in part else ""
@@ -109,7 +114,9 @@ def run(source: Any, options: Options, wanted: Sequence[Budget]) -> Front:
     assert isinstance(chosen, AssignBits)
     pipeline.run(model, first, context)
     points: list[Point] = []
-    spent = 0.0
+    spent, timed = 0.0, any(budget.kind == "latency" for budget in wanted)
+    if timed:
+        target.check_measure()
 
     def point(kind: str, budget: str, step: Pass) -> None:
         nonlocal spent
@@ -117,12 +124,14 @@ def run(source: Any, options: Options, wanted: Sequence[Budget]) -> Front:
         [done] = pipeline.run(decided, [step], context)
         spent += float(done.counters.get("forward passes", 0.0))
         bits = bits_of(model, decided)
+        latency = target.ratio(decided, model, calibration) if timed else None
         pipeline.run(decided, rest, context)
         sqnr = judge.worst(judge.simulated(target.computed(decided)))
         text = pipeline.to_text([*first, step, *rest])
         size = execute.weight_bytes(decided)
-        points.append(Point(kind, budget, bits, size, sqnr, text))
-        options.log(f"{kind} {budget}: {bits:.2f} bits, {size / 1e6:.2f} MB, {sqnr:.1f} dB")
+        points.append(Point(kind, budget, bits, size, sqnr, text, latency))
+        said = "" if latency is None else f", {latency:.2f} of the latency of float"
+        options.log(f"{kind} {budget}: {bits:.2f} bits, {size / 1e6:.2f} MB, {sqnr:.1f} dB{said}")
 
     for width in reversed(chosen.widths()):
         point("uniform", f"int{width}", uniform(chosen, width))
@@ -172,12 +181,13 @@ def stored_of(decided: ir.Model) -> float:
 def show(front: Front, console: Console) -> None:
     """Print the table, and the texts of the points that nothing beats."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("choice", "budget", "bits", "MB", "of float", "SQNR dB", ""):
+    for column in ("choice", "budget", "bits", "MB", "of float", "latency", "SQNR dB", ""):
         table.add_column(column, justify="left" if column in ("choice", "budget", "") else "right")
     for point in front.points:
         table.add_row(
             point.kind, point.budget, f"{point.bits:.2f}", f"{point.bytes / 1e6:.2f}",
-            f"{point.bytes / max(front.float_bytes, 1):.3f}", f"{point.sqnr:.1f}",
+            f"{point.bytes / max(front.float_bytes, 1):.3f}",
+            "" if point.latency is None else f"{point.latency:.2f}", f"{point.sqnr:.1f}",
             "on the front" if front.is_best(point) else "",
         )  # fmt: skip
     console.print(table)
@@ -200,12 +210,17 @@ def write(front: Front, path: pathlib.Path) -> None:
 
 
 def _figure(front: Front) -> Any:
-    """SQNR against bits a weight, and against what is written."""
-    drawn: Any = plotting.matplotlib().figure.Figure(figsize=(10, 4.2), layout="constrained")
-    axes: Any = drawn.subplots(1, 2, sharey=True)
+    """SQNR against bits a weight, what is written, and latency where it was measured."""
+    asked = [_bits, _megabytes]
+    if any(point.latency is not None for point in front.points):
+        asked.append(_latency)
+    drawn: Any = plotting.matplotlib().figure.Figure(
+        figsize=(5 * len(asked), 4.2), layout="constrained"
+    )
+    axes: Any = drawn.subplots(1, len(asked), sharey=True)
     for kind, mark in (("uniform", "s--"), ("assigned", "o-")):
         points = [p for p in front.points if p.kind == kind]
-        for axis, across in zip(axes, (_bits, _megabytes), strict=True):
+        for axis, across in zip(axes, asked, strict=True):
             ordered = sorted(points, key=across)
             axis.plot([across(p) for p in ordered], [p.sqnr for p in ordered], mark, label=kind)
             for point in ordered:
@@ -215,6 +230,7 @@ def _figure(front: Front) -> Any:
                 )
     axes[0].set(xlabel="bits of codes a weight", ylabel="SQNR of the worst output, dB")
     axes[1].set(xlabel="MB of all weights as written")
+    axes[-1].set(**({"xlabel": "latency, of float"} if _latency in asked else {}))
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend()
@@ -230,6 +246,10 @@ def _megabytes(point: Point) -> float:
     return point.bytes / 1e6
 
 
+def _latency(point: Point) -> float:
+    return point.latency or 0.0
+
+
 def _page(front: Front) -> str:
     import html
     import io
@@ -239,7 +259,8 @@ def _page(front: Front) -> str:
     svg = picture.getvalue()
     rows = "\n".join(
         f"<tr{' class=best' if front.is_best(p) else ''}><td>{p.kind}<td>{html.escape(p.budget)}"
-        f"<td>{p.bits:.2f}<td>{p.bytes / 1e6:.2f}<td>{p.sqnr:.1f}"
+        f"<td>{p.bits:.2f}<td>{p.bytes / 1e6:.2f}"
+        f"<td>{'' if p.latency is None else f'{p.latency:.2f}'}<td>{p.sqnr:.1f}"
         f"<td><code>--passes '{html.escape(p.passes)}'</code>"
         for p in front.points
     )
@@ -250,7 +271,7 @@ def _page(front: Front) -> str:
 <h1>{html.escape(front.model)}</h1>
 <p>{html.escape(front.target)}; {front.forward_passes:g} forward passes. Bold: nothing beats it.</p>
 {svg[svg.index("<svg") :]}
-<table><tr><th>choice<th>budget<th>bits<th>MB<th>SQNR dB<th>pipeline
+<table><tr><th>choice<th>budget<th>bits<th>MB<th>latency<th>SQNR dB<th>pipeline
 {rows}
 </table>
 """

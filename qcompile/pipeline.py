@@ -75,6 +75,10 @@ class Pass(abc.ABC):
         """Whether this pass with its options measures time on its target, and so depends on it."""
         return False
 
+    def chosen(self, model: ir.Model) -> Sequence[Pass]:
+        """What made ``model`` as this pass did, and makes it again without measuring anything."""
+        return [self]
+
     def weight_formats(self) -> tuple[str, ...]:
         """The weight formats that this pass will ask for; checked against the targets first."""
         return ()

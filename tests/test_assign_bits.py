@@ -19,6 +19,7 @@ from command import Command
 from qcompile import (
     assignment,
     capture,
+    compiler,
     execute,
     factors,
     graph,
@@ -393,6 +394,19 @@ def test_a_latency_is_for_targets_that_run_here() -> None:
     assert [len(shared), len(forked)] == [1, 2]  # each target has its own choice
 
 
+def test_a_measured_choice_is_made_again_by_its_text(tmp_path: pathlib.Path) -> None:
+    path, data = str(fashion.path(fashion.CNN)), str(fashion.path(fashion.CALIBRATION))
+    passes = f"simplify,fold-bn,calibrate,assign-bits{{budget=latency=2x,bops=0.5x {LAYERS_8}}}"
+    text = f"{passes},bias-correct,insert-qdq"
+    [result] = compiler.compile(path, tmp_path / "one", passes=text, calib=data)
+    said = result.report.pipeline
+    assert "assign-bits" not in said and "quantize{" in said and "set{" in said
+    [again] = compiler.compile(path, tmp_path / "two", passes=said, calib=data)
+    files = [(r.folder / "model.onnx").read_bytes() for r in (result, again)]
+    assert files[0] == files[1]
+    assert result.report.share == again.report.share
+
+
 def test_latency_is_measured_on_the_runtime() -> None:
     path, data = fashion.path(fashion.CNN), fashion.path(fashion.CALIBRATION)
     model = capture.capture(str(path))
@@ -530,6 +544,19 @@ def test_every_point_of_a_front_is_what_its_pipeline_makes(
     assert done.code == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     np.testing.assert_allclose(report["outputs"][0]["sqnr"], points[1]["sqnr"], atol=0.05)
+
+
+def test_a_front_of_latency_measures_every_point(qcompile: Command, tmp_path: pathlib.Path) -> None:
+    model, data = str(fashion.path(fashion.CNN)), str(fashion.path(fashion.CALIBRATION))
+    chosen = f"assign-bits{{samples=2 {LAYERS_8}}}"
+    passes = f"simplify,fold-bn,calibrate,{chosen},insert-qdq"
+    words = ["pareto", model, "--calib", data, "--budgets", "latency=2x", "--passes", passes]
+    for name in ("front.json", "front.html"):
+        assert qcompile(*words, "-o", tmp_path / name).code == 0
+    points = json.loads((tmp_path / "front.json").read_text())["points"]
+    assert [p["budget"] for p in points] == ["int8", "latency=2x"]
+    assert all(p["latency"] > 0 for p in points)
+    assert "latency, of float" in (tmp_path / "front.html").read_text()
 
 
 @pytest.mark.parametrize(
