@@ -36,7 +36,9 @@ MARGIN = 0.02
 # Seconds that one profile may take, and that the comparison of two models may.
 SECONDS = 2.0
 WHY = "faster-in-float-here"
-_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Transpose")
+_CONVERSIONS = (
+    "QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

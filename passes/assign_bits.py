@@ -31,9 +31,9 @@ from qcompile.pipeline import Context, Pass, Stats
 from qcompile.sources import Data
 from qcompile.timing import FLOAT, Timing
 
-# A prediction is scaled so often; the aim is as far below the budget as noise goes, and below the
-# last of these something more exact may fit.
-_ROUNDS, _WITHIN, _CLOSE = 5, 0.98, 0.95
+# So many models are measured; the aim is as far below the budget as noise goes, and below the last
+# of these something more exact may fit.
+_ROUNDS, _WITHIN, _CLOSE = 6, 0.98, 0.95
 WHY = "float-is-worth-its-place-in-the-budget"
 
 
@@ -68,10 +68,10 @@ class AssignBits(Pass):
     Under ``latency`` the whole model is profiled once in every choice, so that each layer is timed
     where it stands, and what is predicted is the sum over layers, what lies between them, and the
     borders between integers and floats (a cut: see ``solve``). Whole models as lowered are then run
-    in turn with float, and the prediction is scaled by what they show until the budget is met by
-    measurement. What is measured differs from run to run, and so may the choice; ``pipeline.txt``
-    has the choice that was made. Targets that do not run here refuse it: without their clock there
-    is ``bops``, which is exact.
+    in turn with float, and what is aimed at is corrected by what they show until the budget is met
+    by measurement. What is measured differs from run to run, and so may the choice;
+    ``pipeline.txt`` has the one that was made. Targets that do not run here refuse it: without
+    their clock there is ``bops``, which is exact.
 
     Raises PassError for a budget that cannot be met, saying the least that is possible.
     """
@@ -189,8 +189,10 @@ class AssignBits(Pass):
         assert ctx.target is not None
         number = next(n for n, b in enumerate(assigner.budgets) if b.kind == "latency")
         budget = assigner.budgets[number]
-        plain, aim = self._plain(model), _WITHIN * budget.amount
+        target, plain = _WITHIN * budget.amount, self._plain(model)
         tried: dict[tuple[int, ...], tuple[Assigned, Stats]] = {}
+        # Predicted and measured, of what meets the budget and what does not; float is both.
+        met, over, aim = list[tuple[float, float]](), [(1.0, 1.0)], target
         for _ in range(_ROUNDS):
             assigner.aim(number, aim)
             found = assigner.mlorq()
@@ -205,14 +207,18 @@ class AssignBits(Pass):
             ctx.log(f"  latency {measured:.3f} of float, predicted {predicted:.3f}")
             if _CLOSE * budget.amount <= measured <= budget.amount:
                 break
-            aim = min(_WITHIN * budget.amount * predicted / measured, 1.0)
-        met = [(f, s) for f, s in tried.values() if float(s["measured latency"]) <= budget.amount]
-        if not met:
+            (met if measured <= budget.amount else over).append((predicted, measured))
+            aim = target * predicted / measured
+            if met:
+                (low, below), (high, above) = max(met), min(over)
+                aim = low + (high - low) * (target - below) / max(above - below, 1e-9)
+        kept = [(f, s) for f, s in tried.values() if float(s["measured latency"]) <= budget.amount]
+        if not kept:
             least = min(float(said["measured latency"]) for _, said in tried.values())
             raise PassError(
                 f"budget {budget} is not met: the least that was measured is latency={least:.3g}x"
             )
-        found, said = min(met, key=lambda pair: pair[0].cost)
+        found, said = min(kept, key=lambda pair: pair[0].cost)
         rounded: Stats = {name: float(f"{value:.3g}") for name, value in said.items()}
         return found, rounded | {"models measured": len(tried)}
 
