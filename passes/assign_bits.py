@@ -18,7 +18,8 @@ from typing import Any, ClassVar, Literal
 import onnx_ir as ir
 
 from qcompile import factors, graph, numerics, sensitivity, spec
-from qcompile.assignment import FLOAT_BITS, Assigned, Assigner, Budget, Costs, Items, Pairs
+from qcompile.assignment import FLOAT_BITS, Assigned, Assigner, Costs, Items, Pairs
+from qcompile.budget import Budget
 from qcompile.calibrate import Calibration, content_keys
 from qcompile.deciding import WEIGHTED, Granularity, Weights, decide_input, decide_weights
 from qcompile.errors import PassError
@@ -31,9 +32,6 @@ from qcompile.pipeline import Context, Pass, Stats
 from qcompile.sources import Data
 from qcompile.timing import FLOAT, Timing
 
-# So many models are measured; the aim is as far below the budget as noise goes, and below the last
-# of these something more exact may fit.
-_ROUNDS, _WITHIN, _CLOSE = 6, 0.98, 0.95
 WHY = "float-is-worth-its-place-in-the-budget"
 
 
@@ -185,42 +183,23 @@ class AssignBits(Pass):
         return [c for c in chosen if c.node not in excluded and c.kind in WEIGHTED]
 
     def _met(self, model: ir.Model, assigner: Assigner, ctx: Context) -> tuple[Assigned, Stats]:
-        """The choice of least cost that was measured to meet the budget of latency, and how."""
-        assert ctx.target is not None
-        number = next(n for n, b in enumerate(assigner.budgets) if b.kind == "latency")
-        budget = assigner.budgets[number]
-        target, plain = _WITHIN * budget.amount, self._plain(model)
-        tried: dict[tuple[int, ...], tuple[Assigned, Stats]] = {}
-        # Predicted and measured, of what meets the budget and what does not; float is both.
-        met, over, aim = list[tuple[float, float]](), [(1.0, 1.0)], target
-        for _ in range(_ROUNDS):
-            assigner.aim(number, aim)
-            found = assigner.mlorq()
-            if found.numbers in tried:
-                break
-            predicted = assigner.amount(found.numbers, number)
+        """What meets the budget of latency by measurement, and how."""
+        target, plain = ctx.target, self._plain(model)
+        assert target is not None
+
+        def measure(found: Assigned) -> float:
             decided = model.clone()
             self._decide(decided, assigner.items, found, ctx)
-            measured = ctx.target.ratio(decided, plain, ctx.data())
-            said: Stats = {"predicted latency": predicted, "measured latency": measured}
-            tried[found.numbers] = found, said
-            ctx.log(f"  latency {measured:.3f} of float, predicted {predicted:.3f}")
-            if _CLOSE * budget.amount <= measured <= budget.amount:
-                break
-            (met if measured <= budget.amount else over).append((predicted, measured))
-            aim = target * predicted / measured
-            if met:
-                (low, below), (high, above) = max(met), min(over)
-                aim = low + (high - low) * (target - below) / max(above - below, 1e-9)
-        kept = [(f, s) for f, s in tried.values() if float(s["measured latency"]) <= budget.amount]
-        if not kept:
-            least = min(float(said["measured latency"]) for _, said in tried.values())
-            raise PassError(
-                f"budget {budget} is not met: the least that was measured is latency={least:.3g}x"
-            )
-        found, said = min(kept, key=lambda pair: pair[0].cost)
-        rounded: Stats = {name: float(f"{value:.3g}") for name, value in said.items()}
-        return found, rounded | {"models measured": len(tried)}
+            ratio = target.ratio(decided, plain, ctx.data())
+            ctx.log(f"  measured: {ratio:.3f} of the latency of float")
+            return ratio
+
+        met = assigner.meet(measure)
+        return met.assigned, {
+            "predicted latency": float(f"{met.predicted:.3g}"),
+            "measured latency": float(f"{met.measured:.3g}"),
+            "models measured": met.count,
+        }
 
     def _plain(self, model: ir.Model, names: Sequence[str] | None = None) -> ir.Model:
         """A copy of ``model`` in which nothing is decided, or not the layers called ``names``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile import decisions, factors, graph, numerics, patches, solve, timing
+from qcompile.budget import Budget
 from qcompile.deciding import Weights, decide_weights, powers
 from qcompile.errors import PassError
 from qcompile.factors import Factors
@@ -28,53 +28,6 @@ from qcompile.timing import Timing
 SCALE_BITS = FLOAT_BITS = 32
 # Ranks of each pair of widths that a full table measures; the others are guessed (the paper's 5).
 MEASURED = 5
-
-
-# Units of each kind of budget; ``x`` is that of the float model.
-UNITS = {
-    "bits": {"": 1.0},
-    "size": {"": 1.0, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9},
-    "bops": {"": 1.0, "M": 1e6, "G": 1e9, "T": 1e12, "x": 1.0},
-    "latency": {"x": 1.0},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """A bound on the layers together.
-
-    * ``bits`` a weight on average: codes alone, as papers count.
-    * ``size`` in bytes as stored: codes in the type that holds them, scales and zero points.
-    * ``bops``: bit operations of a run: multiplications, times the bits of the weight, times those
-      of the activation; 32 for a float.
-    * ``latency``: of a run of the whole model.
-
-    ``relative``: the amount is a share of what the float model takes.
-    """
-
-    kind: str
-    amount: float
-    relative: bool = False
-
-    @staticmethod
-    def parse(text: str) -> Budget:
-        """Read ``4.5``, ``bits=4.5``, ``size=4MB``, ``bops=20G``, ``bops=0.3x``, ``latency=0.6x``.
-
-        Units are ``B``, ``kB``, ``MB`` and ``GB``, or ``M``, ``G`` and ``T`` operations.
-        """
-        kind, _, amount = text.rpartition("=")
-        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)([A-Za-z]*)", amount)
-        units = UNITS.get(kind or "bits", {})
-        if match is None or match[2] not in units:
-            raise PassError(
-                f"budget {text!r} is no bits=4.5 and no size=4MB (B, kB, MB, GB), "
-                "no bops=20G (M, G, T) or bops=0.3x and no latency=0.6x, of float"
-            )
-        scale = units[match[2]]
-        return Budget(kind or "bits", float(match[1]) * scale, match[2] == "x")
-
-    def __str__(self) -> str:
-        return f"{self.kind}={self.amount:.10g}{'x' if self.relative else ''}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -434,6 +387,24 @@ class Assigned:
     gap: float = 0.0
 
 
+# Whole models that are measured; the aim is as far below the budget as noise goes, and below the
+# last of these something more exact may fit.
+ROUNDS, WITHIN, CLOSE = 6, 0.98, 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Met:
+    """A choice that meets a budget of latency, what was predicted and what was measured of it.
+
+    ``count`` choices were measured.
+    """
+
+    assigned: Assigned
+    predicted: float
+    measured: float
+    count: int
+
+
 class Assigner:
     """Chooses for ``items`` under ``budgets``, with costs that are measured where it matters.
 
@@ -527,6 +498,41 @@ class Assigner:
     def mlorq(self) -> Assigned:
         """The least summed cost, by the knapsack."""
         return self._settled(self._knapsack, lambda found: list(enumerate(found.numbers)))
+
+    def meet(self, measure: Callable[[Assigned], float]) -> Met:
+        """The least summed cost that meets the budget of latency, as ``measure`` says.
+
+        Raises PassError, naming the least that was measured, if no choice does.
+        """
+        number = next(n for n, budget in enumerate(self.budgets) if budget.kind == "latency")
+        budget = self.budgets[number]
+        target = aim = WITHIN * budget.amount
+        tried: dict[tuple[int, ...], Met] = {}
+        # Predicted and measured, of what meets the budget and what does not; float is both.
+        met, over = list[tuple[float, float]](), [(1.0, 1.0)]
+        for left in reversed(range(ROUNDS)):
+            self.aim(number, aim)
+            found = self.mlorq()
+            if found.numbers in tried:
+                break
+            predicted, measured = self.amount(found.numbers, number), measure(found)
+            tried[found.numbers] = Met(found, predicted, measured, len(tried) + 1)
+            if CLOSE * budget.amount <= measured <= budget.amount:
+                break
+            (met if measured <= budget.amount else over).append((predicted, measured))
+            if met:
+                (low, below), (high, above) = max(met), min(over)
+                aim = low + (high - low) * (target - below) / max(above - below, 1e-9)
+            else:
+                aim = target * predicted / measured if left > 1 else 0.0
+        kept = [one for one in tried.values() if one.measured <= budget.amount]
+        if not kept:
+            least = min(one.measured for one in tried.values())
+            raise PassError(
+                f"budget {budget} is not met: the least that was measured is latency={least:.3g}x"
+            )
+        best = min(kept, key=lambda one: one.assigned.cost)
+        return dataclasses.replace(best, count=len(tried))
 
     def fmpq(self) -> Assigned:
         """The smallest tolerance of any layer that fits, then what is left for the best."""

@@ -29,8 +29,9 @@ from qcompile import (
     spec,
 )
 from qcompile import sensitivity as sensitivities
-from qcompile.assignment import Assigner, Budget, Costs, Items, Pairs
+from qcompile.assignment import Assigner, Costs, Items, Pairs
 from qcompile.backends.onnxruntime import OrtCpu
+from qcompile.budget import Budget
 from qcompile.calibrate import Calibration
 from qcompile.deciding import Weights
 from qcompile.errors import PassError, PipelineSyntaxError, QCompileError, TargetError

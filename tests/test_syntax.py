@@ -26,6 +26,7 @@ class Tea:
     guests: tuple[str, ...] = ("ann",)
     minutes: tuple[int, ...] = ()
     served_in: str = "pot"
+    steeps: tuple[int | Literal["never"], ...] = ()
 
     def __post_init__(self) -> None:
         if self.cups < 0:
@@ -135,7 +136,15 @@ def test_what_an_option_takes_is_said_in_words() -> None:
         "guests": "list of words",
         "minutes": "list of whole numbers",
         "served_in": "word",
+        "steeps": "list of whole numbers, or never",
     }
+
+
+def test_a_word_may_stand_among_numbers() -> None:
+    assert build("tea{steeps=2,never}") == [Tea(steeps=(2, "never"))]
+    assert syntax.render("tea", Tea(steeps=(2, "never"))) == "tea{steeps=2,never}"
+    with pytest.raises(PipelineSyntaxError, match="'ever' is not a whole number"):
+        build("tea{steeps=ever}")
 
 
 def test_none_is_a_value_of_an_optional() -> None:
