@@ -59,7 +59,8 @@ class AssignBits(Pass):
       that pass follows; it is fitted on other samples than those that are run.
     * ``samples``: how many calibration samples are run.
     * ``input``: the format of activations, ``int8`` or ``float``, where the weight is not float;
-      with ``int8`` the cost of a layer is that of the rounded input as well.
+      with ``int8`` the cost of a layer is that of the rounded input as well, and of a Conv that of
+      the output.
     * ``granularity``, ``block``, ``range``: as ``granularity``, ``block``, ``method`` of quantize.
     * ``include``, ``exclude``: globs over the names and operator types of layers.
 
@@ -138,11 +139,10 @@ class AssignBits(Pass):
         if not layers:
             return {"layers": 0}
         names = [layer.name for layer in layers]
-        grids = {layer.name: g for layer in layers if (g := self._grid(model, layer)) is not None}
+        grids = {layer.name: self._grids(model, layer) for layer in layers}
         key = self._key(model, names, ctx)
-        asked = (
-            f"{key} {sorted((name, grid.scale, grid.zero_point) for name, grid in grids.items())}"
-        )
+        said = [(n, v, g.scale, g.zero_point) for n, read in grids.items() for v, g in read.items()]
+        asked = f"{key} {said}"
         costs = ctx.data().once(asked, lambda: self._costs(model, names, grids, ctx)).anew()
         before = costs.sensitivity.passes
         timed = None
@@ -219,15 +219,24 @@ class AssignBits(Pass):
             decided[f"int{bits}"] = made
         return ctx.target.timing(decided, ctx.data())
 
-    def _grid(self, model: ir.Model, layer: graph.Layer) -> Grid | None:
-        """The grid on which a trial of ``layer`` reads its input; None if that stays float."""
+    def _grids(self, model: ir.Model, layer: graph.Layer) -> dict[str, Grid]:
+        """The grids on which a trial of ``layer`` reads its input, and a Conv writes, by value.
+
+        A value between two such layers counts for both: it is as in float only if both are.
+        """
         if self.input == FLOAT or layer.input is None:
-            return None
-        found = graph.range_of(model, layer.input.value)
-        if found is None or layer.input.value.dtype not in (ir.DataType.FLOAT, None):
-            return None  # decide_input says what is missing, and the lowering what no kernel takes
-        form = IntFormat(8, signed=False)
-        return Grid(form, *numerics.affine(*found, form, symmetric=False))
+            return {}
+        values = [layer.input.value]
+        if layer.kind in ("conv", "depthwise"):
+            values.append(graph.absorbed(layer.biased_output))
+        found: dict[str, Grid] = {}
+        for value in values:
+            ends, form = graph.range_of(model, value), IntFormat(8, signed=False)
+            # What is missing decide_input says, and the lowering what no kernel takes.
+            if ends is not None and value.dtype in (ir.DataType.FLOAT, None):
+                grid = Grid(form, *numerics.affine(*ends, form, symmetric=False))
+                found[value.name or ""] = grid
+        return found
 
     def _key(self, model: ir.Model, names: Sequence[str], ctx: Context) -> str:
         """All that costs depend on, but for the grids of inputs."""
@@ -239,7 +248,11 @@ class AssignBits(Pass):
         return f"{dataclasses.replace(self, **free)} {outputs} {names} {ctx.seed}"
 
     def _costs(
-        self, model: ir.Model, names: Sequence[str], grids: Mapping[str, Grid], ctx: Context
+        self,
+        model: ir.Model,
+        names: Sequence[str],
+        grids: Mapping[str, Mapping[str, Grid]],
+        ctx: Context,
     ) -> Costs:
         kept = model.clone()
         layers = [layer for layer in graph.layers(kept) if layer.name in set(names)]

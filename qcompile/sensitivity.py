@@ -6,9 +6,8 @@ noise it holds to first order.
 
 Only what depends on the changed layer is run: the values around it are computed once, in float,
 and kept in a file. The weight is an input of that part, so that one session serves all trials of a
-layer. What the layer reads may be rounded as well; what it writes is not, since that is what the
-layers behind it read. A state is that of the float model, so that what gathers over frames does not
-count.
+layer. What the layer reads and writes may be rounded as well. A state is that of the float model,
+so that what gathers over frames does not count.
 """
 
 from __future__ import annotations
@@ -137,7 +136,8 @@ _WEIGHT = "qcompile.trial"
 class Sensitivity:
     """Costs of changed layers of ``model``, on ``samples``.
 
-    ``inputs``: the grids, in 8 bits, on which layers that are changed read their input, by name.
+    ``grids``: those, in 8 bits, to which values are rounded that changed layers read and write, by
+    layer and value; what it writes is rounded for all that read it.
     ``passes`` counts forward passes over the samples so far: the one in float is 1, and a trial is
     the share of the MACs that it runs.
     """
@@ -147,9 +147,9 @@ class Sensitivity:
         model: ir.Model,
         samples: Sequence[Sample],
         metric: Metric,
-        inputs: Mapping[str, Grid] | None = None,
+        grids: Mapping[str, Mapping[str, Grid]] | None = None,
     ) -> None:
-        self.model, self.metric, self.inputs = model, metric, inputs or {}
+        self.model, self.metric, self.grids = model, metric, grids or {}
         self.samples = Samples.of(samples)
         self.passes = 0.0
         self.trials = 0
@@ -216,11 +216,13 @@ class Sensitivity:
             name=_WEIGHT, type=layers[0].weight.value.type, shape=layers[0].weight.value.shape
         )
         for layer in layers:
-            node = inner[layer.node.name]
-            node.replace_input_with(layer.weight.index, weight)
-            if layer.input is not None and layer.name in self.inputs:
-                _round(model, graph.Use(node, layer.input.index), self.inputs[layer.name])
+            inner[layer.node.name].replace_input_with(layer.weight.index, weight)
         by_name = {v.name: v for v in graph.values(model)}
+        for layer in layers:
+            read = layer.input.value.name if layer.input is not None else None
+            for name, grid in self.grids.get(layer.name, {}).items():
+                only = inner[layer.node.name] if name == read else None
+                _round(model, by_name[name], grid, only)
         kept = {node.name for node in nodes}
         outputs = [v for v in model.graph.outputs if (p := v.producer()) and p.name in kept]
         model.graph.outputs.clear()
@@ -244,9 +246,8 @@ class Sensitivity:
         return run / max(sum(self._macs.values()), 1)
 
 
-def _round(model: ir.Model, use: graph.Use, grid: Grid) -> None:
-    """Make ``use`` read its value as rounded to ``grid``."""
-    value = use.value
+def _round(model: ir.Model, value: ir.Value, grid: Grid, only: ir.Node | None) -> None:
+    """Make the node ``only``, or all readers if None, read ``value`` as rounded to ``grid``."""
     kind = np.int8 if grid.format.signed else np.uint8
     ends = [
         graph.add_constant(model, f"{value.name}/trial/{what}", np.asarray(array))
@@ -254,13 +255,17 @@ def _round(model: ir.Model, use: graph.Use, grid: Grid) -> None:
     ]
     codes = graph.insert(
         model, "QuantizeLinear", [value, *ends],
-        output=f"{value.name}/trial/codes", before=use.node,
+        output=f"{value.name}/trial/codes", before=only, behind=None if only else value,
     )  # fmt: skip
     rounded = graph.insert(
         model, "DequantizeLinear", [codes, *ends],
-        output=f"{value.name}/trial", before=use.node, like=value,
+        output=f"{value.name}/trial", behind=codes, like=value,
     )  # fmt: skip
-    use.read_from(rounded)
+    writer = codes.producer()
+    graph.redirect(
+        model, value, rounded,
+        keep=lambda use: use.node is writer or (only is not None and use.node is not only),
+    )  # fmt: skip
 
 
 def _as_input(model: ir.Model, value: ir.Value) -> ir.Value:

@@ -124,7 +124,7 @@ def test_a_trial_reads_its_input_as_rounded() -> None:
     grid = Grid(IntFormat(8, signed=False), np.array(0.05, np.float32), np.array(100, np.int32))
     [first, *_] = graph.layers(model)
     metric = sensitivities.metric("nsr")
-    measure = Sensitivity(model, data.samples, metric, {first.name: grid})
+    measure = Sensitivity(model, data.samples, metric, {first.name: {"x": grid}})
     rounded = [{"x": grid.round_trip(sample["x"])} for sample in data.samples]
     trios = [
         (sample, execute.execute(model, sample), execute.execute(model, entered))
