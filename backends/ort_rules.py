@@ -4,7 +4,7 @@ The runtime runs an integer kernel only where it finds an exact pattern: uint8 a
 ARM) with their own zero point, int8 weights (one scale a channel costs nothing), int32 biases with
 the scale ``s_x * s_w``, a QuantizeLinear behind every Conv, and never a MatMul with a bias that it
 could fuse into a float Gemm. Each rule says what it does and why. Those of weights alone are in
-``ort_alone``, those of MatMul in ``ort_matmul``.
+``ort_alone``, those of MatMul in ``ort_matmul``, that of float layers in ``ort_float``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qcompile.backends import ort_embedding
 from qcompile.backends.lowering import MOVES, Lowering, activation_range, affine, rules
 from qcompile.backends.ort_alone import gemm_alone, packed_weights
 from qcompile.backends.ort_embedding import packed_embeddings
+from qcompile.backends.ort_float import float_between
 from qcompile.backends.ort_matmul import dynamic_inputs, flat_bias, plain_sum, to_kernel
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
@@ -417,4 +418,5 @@ DIALECT = rules(
     int32_bias,
     matmul_bias,
     plain_sum,
+    float_between,
 )

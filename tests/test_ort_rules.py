@@ -79,6 +79,7 @@ def test_every_rule_has_a_test_here_and_a_reason() -> None:
         "int32-bias",
         "matmul-bias",
         "plain-sum",
+        "float-between",
     ]
     tests = "\n".join(globals())
     for rule in ort_rules.DIALECT:
@@ -868,3 +869,57 @@ def test_lowering_leaves_no_decision_and_no_range(source: str) -> None:
     assert not any(spec.all_specs(node) for node in model.graph)
     assert not any(name.endswith("/range") for name in model.graph.initializers)
     verify.verify(model)
+
+
+# -- float-between ------------------------------------------------------------------------------
+
+# A layer ``m`` that stays in float between two in integers.
+BETWEEN = {
+    "Conv": """(float[1,4,8,8] x) => (float[1,4,8,8] y)
+        <float[4,4,1,1] u, float[4,4,1,1] w, float[4] b, float[4,4,1,1] v> {
+        a = Conv(x, u) m = Conv(a, w, b) y = Conv(m, v) }""",
+    "Conv without a bias": """(float[1,4,8,8] x) => (float[1,4,8,8] y)
+        <float[4,4,1,1] u, float[4,2,1,1] w, float[4,4,1,1] v> {
+        a = Conv(x, u) m = Conv<group=2>(a, w) r = Relu(m) y = Conv(r, v) }""",
+    "ConvTranspose": """(float[1,4,8,8] x) => (float[1,4,8,8] y)
+        <float[4,4,1,1] u, float[4,4,1,1] w, float[4,4,1,1] v> {
+        a = Conv(x, u) m = ConvTranspose(a, w) y = Conv(m, v) }""",
+    "Gemm": """(float[1,4,2,2] x) => (float[1,16] y)
+        <float[4,4,1,1] u, int64[2] s = {1,16}, float[16,16] w, float[16] b, float[16,16] v> {
+        a = Conv(x, u) f = Reshape(a, s) m = Gemm(f, w, b) y = MatMul(m, v) }""",
+    "Gemm without a bias": """(float[1,4,2,2] x) => (float[1,16] y)
+        <float[4,4,1,1] u, int64[2] s = {1,16}, float[16,16] w, float[16,16] v> {
+        a = Conv(x, u) f = Reshape(a, s) m = Gemm<transB=1>(f, w) y = MatMul(m, v) }""",
+    "MatMul": """(float[1,4,2,2] x) => (float[1,16] y)
+        <float[4,4,1,1] u, int64[2] s = {1,16}, float[16,16] w, float[16] b, float[16,16] v> {
+        a = Conv(x, u) f = Reshape(a, s) m = MatMul(f, w) c = Add(m, b) y = MatMul(c, v) }""",
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_float_between_keeps_the_runtime_from_rounding_a_float_weight(
+    name: str, tmp_path: pathlib.Path
+) -> None:
+    weight = lowering.graph_of(BETWEEN[name]).graph.initializers["w"]
+    before = graph.constant(weight)
+    passes = "simplify,calibrate,quantize,set{layer=m weight=float input=float}"
+    count, changed, low = act(BETWEEN[name], "float-between", passes)
+    assert count == 1 and len(nodes(changed)) >= 2
+    integer = low.model.clone()
+    shown = lowering.optimized(low.model, tmp_path)
+    [layer] = [node for node in shown.graph if node.op_type in ("Conv", "ConvTranspose", "Gemm")]
+    kept = layer.inputs[1]
+    assert kept is not None and graph.constant(kept).dtype == np.float32
+    assert np.array_equal(np.sort(graph.constant(kept), None), np.sort(before, None))
+    sample = graphs.samples(integer, 1)[0]
+    one, other = (
+        execute.Session(integer, optimize=optimize).run(sample)["y"] for optimize in (False, True)
+    )
+    assert np.abs(one - other).max() < 0.02 * np.abs(one).max()
+
+
+def test_float_between_leaves_alone_what_is_read_in_float() -> None:
+    source = BETWEEN["Conv"].replace("y = Conv(m, v)", "s = Sigmoid(m) y = Conv(s, v)")
+    passes = "simplify,calibrate,quantize,set{layer=m weight=float input=float}"
+    count, changed, _ = act(source, "float-between", passes)
+    assert count == 0 and not changed
