@@ -42,7 +42,7 @@ class Calibrate(Pass):
     method: ActivationMethod = "minmax"
     percentile: float = 99.99
     bits: int = 8
-    samples: int = 256
+    samples: int = 128
 
     def __post_init__(self) -> None:
         if not 50.0 < self.percentile <= 100.0:
