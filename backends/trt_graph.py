@@ -5,12 +5,12 @@ Measured with TensorRT-RTX 1.7.1.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
-from onnxscript import optimizer
 
 from qcompile import execute, graph
 from qcompile.errors import TargetError
@@ -41,7 +41,7 @@ def settled(model: ir.Model, shapes: dict[str, list[list[int]]]) -> ir.Model:
             if not value.is_graph_output():
                 value.shape = None
     common.ShapeInferencePass()(model)
-    library: Any = optimizer  # partly untyped
+    library: Any = importlib.import_module("onnxscript.optimizer")  # 22 MB, so not sooner
     library.fold_constants(model, onnx_shape_inference=True, should_fold=_may_fold)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     model.graph.sort()  # a branch that was taken stands where it was folded

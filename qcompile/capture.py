@@ -25,7 +25,6 @@ import networkx
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
-from onnxscript import optimizer
 
 from qcompile import execute, graph, opset, sound, strip, verify
 from qcompile.errors import CaptureError, reason
@@ -321,7 +320,7 @@ def _from_torch(source: Any) -> ir.Model:
             model: ir.Model = exported.model
     except Exception as error:  # torch raises dozens of types for what it cannot export
         raise CaptureError(f"torch.export failed: {_first_line(error)}") from error
-    library: Any = optimizer  # partly untyped
+    library: Any = importlib.import_module("onnxscript.optimizer")  # 22 MB, so not sooner
     library.fold_constants(model)
     common.IdentityEliminationPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)

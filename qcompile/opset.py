@@ -9,6 +9,7 @@ the function is an error. From 18 on onnxscript's converter works on the graph i
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,6 @@ import onnx
 import onnx.inliner
 import onnx.version_converter
 import onnx_ir as ir
-from onnxscript import version_converter
 
 from qcompile.errors import CaptureError, TargetError, reason
 
@@ -82,7 +82,8 @@ def raise_to(model: ir.Model, oldest: int, newest: int) -> None:
     if oldest > newest:
         raise TargetError(f"the formats need opset {oldest}; this target reads up to {newest}")
     if opset < oldest:
-        converter: Any = version_converter  # partly untyped
+        # 22 MB, so not sooner.
+        converter: Any = importlib.import_module("onnxscript.version_converter")
         kept = dict(model.graph.initializers)
         converter.convert_version(model, oldest, fallback=False)
         for name, value in kept.items():  # it drops those that only a decision names

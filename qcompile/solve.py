@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import heapq
+import importlib
 import os
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -31,7 +32,6 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import numpy.typing as npt
-import scipy.optimize
 import scipy.sparse
 
 from qcompile.errors import PassError
@@ -238,7 +238,8 @@ def _solved(
     counts = [len(k) for k in kept]
     ends = np.cumsum(counts)
     owner = np.repeat(np.arange(len(counts)), counts)
-    library: Any = scipy.optimize  # untyped
+    # Imported where it is used: it takes 18 MB, and most runs solve nothing.
+    library: Any = importlib.import_module("scipy.optimize")
     borders = _Borders.of(network, counts) if network else None
     more = 0 if borders is None else len(borders.loads)
     shape = len(counts), len(owner) + more

@@ -16,10 +16,10 @@ from qcompile import capture, decisions, execute, graph, pareto, pipeline, regis
 from qcompile.assignment import Assigner, Budget, Costs, Items
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.calibrate import Calibration
+from qcompile.deciding import Weights
 from qcompile.errors import CalibrationError
 from qcompile.models import codec
 from qcompile.models.codec import Quality
-from qcompile.passes.quantize import Quantize
 from qcompile.pipeline import Context
 from qcompile.ports import inputs_of
 from qcompile.sources import load
@@ -209,7 +209,7 @@ def test_fmpq_runs_less_than_the_whole_table() -> None:
 def test_costs_of_the_solver_rise_with_fewer_bits_though_the_loss_is_noisy() -> None:
     model, widths = shipped(codec.MODELS[0]).clone(), (2, 3, 4, 5, 6, 7, 8)
     context = Context(calibration=shared(1), target=OrtCpu(), reference=model)
-    how = Quantize("int8", "float", method="mse")
+    how = Weights("int8", method="mse")
     items = Items(model, list(graph.layers(model)), widths, how, context)
     metric = sensitivity.metric("qcompile.models.codec:rate_distortion_1")
     samples = context.data().samples.some(4)
