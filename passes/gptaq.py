@@ -9,6 +9,7 @@ rounded by GPTQ, where GPTAQ corrects column by column.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from qcompile.blocks import Block
 from qcompile.graph import Layer
 from qcompile.passes import gptq
 from qcompile.pipeline import Context, Pass, Stats
+from qcompile.sequences import Sample
 
 if TYPE_CHECKING:
     from qcompile.prefix import Prefix
@@ -51,6 +53,8 @@ class Gptaq(Pass):
     * ``mixup``: where there are fewer than ``samples``, blends of two make up for some (see
       ``qcompile.mixup``), if all inputs are floats and no state is carried.
     * ``exclude``: globs over the names and operator types of layers.
+
+    With ``--resume`` an interrupted run goes on behind the last layer that was fitted.
     """
 
     name: ClassVar[str] = "gptaq"
@@ -82,9 +86,9 @@ class Gptaq(Pass):
         parts = blocks.partition(model, data.state, "layer")
         real, _ = data.to_fit(self.samples)
         apart = range(3, len(real), 4)
-        fit = [number for number in range(len(real)) if number not in apart]
+        others = [number for number in range(len(real)) if number not in apart]
         mixed = self.mixup
-        samples = mixup.filled(real, self.samples, ctx.rng("mixup"), fit) if mixed else real
+        samples = mixup.filled(real, self.samples, ctx.rng("mixup"), others) if mixed else real
         prefix = Prefix(quantized, parts, samples, data.mask)
         left = {layer.node for layer in excluded}
         done = 0
@@ -93,7 +97,11 @@ class Gptaq(Pass):
             for layer in quantized.layers(parts[number]):
                 shared = len(graph.readers(layer.weight.value)) > 1
                 if layer.node not in left and gptq.fits(layer) and not shared:
-                    self._fit(prefix, parts[number], layer, apart)
+                    fit = functools.partial(self._fitted, prefix, parts[number], layer, apart)
+                    arrays = ctx.checkpoint(layer.name, fit)
+                    quantized.codes[quantized.key(layer)] = arrays["codes"]
+                    if "bias" in arrays:
+                        quantized.biases[layer.name] = arrays["bias"]
                     done += 1
             prefix.leave(number, part)
         quantized.write()
@@ -101,7 +109,8 @@ class Gptaq(Pass):
         blends = len(samples) - len(real)
         return {"layers": done, "left alone": decided - done, "blends": blends}
 
-    def _fit(self, prefix: Prefix, block: Block, layer: Layer, apart: range) -> None:
+    def _fitted(self, prefix: Prefix, block: Block, layer: Layer, apart: range) -> Sample:
+        """The ``codes`` of the weight of ``layer``, and its ``bias`` if it has one."""
         quantized = prefix.quantized
         folds = self._seen(prefix, block, layer, apart)
         seen = folds[0] + folds[1]
@@ -110,14 +119,15 @@ class Gptaq(Pass):
         ridge = best_ridge(job.weight, *folds, biased)
         goal = dataclasses.replace(job, weight=moved(job.weight, seen, ridge, biased))
         codes, _ = gptq.fitted(goal, self.damping)
-        quantized.codes[quantized.key(layer)] = patches.from_matrix(layer, codes)
+        arrays: Sample = {"codes": patches.from_matrix(layer, codes)}
         if layer.bias is not None and biased:
             bias = graph.constant(layer.bias.value)
             rounded = codes * job.scale.astype(np.float64)
             wanted, found = seen.means()
             lost = np.einsum("gnk,gk->gn", job.weight, wanted)
             lost = lost - np.einsum("gnk,gk->gn", rounded, found)
-            quantized.biases[layer.name] = (bias + lost.reshape(bias.shape)).astype(bias.dtype)
+            arrays["bias"] = (bias + lost.reshape(bias.shape)).astype(bias.dtype)
+        return arrays
 
     def _seen(self, prefix: Prefix, block: Block, layer: Layer, apart: range) -> tuple[Seen, Seen]:
         """What the layer reads: of all samples but those ``apart``, and of those."""
