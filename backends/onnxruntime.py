@@ -158,6 +158,7 @@ def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
         for n in lowered.graph
         for o in graph.origins(n)
     }
+    floats = {o for n in lowered.graph if float_in_file(n) for o in graph.origins(n)}
     found: dict[str, Ran] = {}
     for node in optimized.graph.all_nodes():
         precision = INTEGER_KERNELS.get(node.op_type)
@@ -174,7 +175,7 @@ def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
             elif precision is None:
                 ran = Ran("float", node.op_type, reasons[layer])
             else:
-                ran = Ran(precision, node.op_type)
+                ran = Ran(precision, node.op_type, _UNASKED if layer in floats else "")
             found[layer] = together(found.get(layer), ran)
     for node in lowered.graph:
         for layer in graph.origins(node):
@@ -187,6 +188,7 @@ def kernels(optimized: ir.Model, lowered: ir.Model) -> dict[str, Ran]:
     return found
 
 
+_UNASKED = "the runtime rounds its weight, which the file has in float"
 _WIDENED = "the runtime casts it back to float32: it has no float16 kernel for it"
 
 

@@ -794,3 +794,24 @@ def test_a_recurrent_layer_is_left_in_float_and_counted(tmp_path: pathlib.Path) 
     assert result.report.share["macs"]["float"] > 0.8
     [left] = result.report.left_alone
     assert (left.name, left.reason) == ("y", "a recurrent layer has no quantized form here yet")
+
+
+def test_the_proof_says_where_the_runtime_rounds_a_float_weight_by_itself(
+    tmp_path: pathlib.Path,
+) -> None:
+    """What the rule float-between keeps it from."""
+
+    class Without(OrtCpu):
+        dialect = tuple(rule for rule in OrtCpu.dialect if rule.name != "float-between")
+
+    source = """(float[1,4,8,8] x) => (float[1,4,8,8] y)
+        <float[4,4,1,1] u, float[4,4,1,1] w, float[4,4,1,1] v> {
+        a = Conv(x, u) m = Conv(a, w) y = Conv(m, v) }"""
+    passes = "simplify,calibrate,quantize{exclude=m}"
+    for target, precision, reason in [
+        (OrtCpu(), "float", "float was asked for"),
+        (Without(), "int8", "the runtime rounds its weight, which the file has in float"),
+    ]:
+        done = lowering.lower(source, target, tmp_path / precision, passes)
+        [ran] = [ran for ran in done.proof.values() if ran.reason]
+        assert (ran.precision, ran.reason) == (precision, reason)
