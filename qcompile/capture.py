@@ -27,7 +27,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompile import execute, graph, opset, sound, strip, verify
-from qcompile.errors import CaptureError, reason
+from qcompile.errors import CaptureError, nearest, reason
 
 # The names that torch's exporter makes up, such as val_12.
 _COUNTED = re.compile(r"val_\d+|_val_\d+")
@@ -127,8 +127,13 @@ def load_object(text: str, what: str) -> Any:
         said = f"importing {module_name} raises {type(error).__name__}: {error}"
         raise CaptureError(f"{what} {text!r}: {said}") from error
     if not hasattr(module, attribute):
-        public = [name for name in vars(module) if not name.startswith("_")]
-        raise CaptureError(f"{what} {text!r}: {module_name} has no {attribute!r}; it has {public}")
+        own = [  # not what it imports
+            name
+            for name, value in vars(module).items()
+            if not name.startswith("_") and getattr(value, "__module__", None) == module_name
+        ]
+        hint = nearest(attribute, own) if own else "it defines nothing public"
+        raise CaptureError(f"{what} {text!r}: {module_name} has no {attribute!r}; {hint}")
     return getattr(module, attribute)
 
 

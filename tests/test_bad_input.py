@@ -164,7 +164,7 @@ CASES: list[tuple[str, int, str]] = [
     (f"untyped.onnx {D}", 1, "input 'x' has no type"),
     (f"plain.onnx {D}", 1, "nothing is quantized by"),
     (f"nowhere:make {D}", 1, "model 'nowhere:make': cannot import 'nowhere'"),
-    (f"mine:nope {D}", 1, "mine has no 'nope'; it has"),
+    (f"mine:nope {D}", 1, "mine has no 'nope'; known are"),
     (f":make {D}", 1, "':make' is not of the form package.module:name"),
     (f"unsound:make {D}", 1, "importing unsound raises SyntaxError: invalid syntax"),
     (f"dies:make {D}", 1, "importing dies raises ZeroDivisionError: division by zero"),
