@@ -1,4 +1,4 @@
-"""Laws of a branch of low rank beside a layer."""
+"""Laws of layers of low rank: of a branch beside a layer, and of two factors as one layer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompile import execute, factors, graph, spec
+from qcompile import blocks, execute, factors, graph, spec
+from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.calibrate import Calibration
+from qcompile.models import fashion
 from qcompile.sources import Data
+
+torch = pytest.importorskip("torch")
+
+from qcompile.prefix import Prefix  # noqa: E402
+from qcompile.quantized import Quantized  # noqa: E402
 
 LINEAR = "(float[2,8] x) => (float[2,6] y) <float[8,6] w> { y = MatMul(x, w) }"
 SCALED = """(float[2,8] x) => (float[2,6] y) <float[8,6] w, float[6] b> {
@@ -102,3 +109,75 @@ def test_what_a_branch_costs_is_counted() -> None:
         _, counted = behind(model, f"low-rank{{form={form} rank=4 weigh=input}}")
         after = whole + 4 * (64 + 64) + 4 * (64 + 48) + added
         assert counted["weights"] == after and counted["macs %"] == round(100 * after / whole, 1)
+
+
+# -- two factors as one layer -------------------------------------------------------------------
+
+
+def decaying(source: str, power: float = 1.0) -> ir.Model:
+    """A graph whose weights have singular values that fall with ``power`` of their number."""
+    model, rng = graphs.graph(source), np.random.default_rng(4)
+    for layer in graph.layers(model):
+        weight = graph.constant(layer.weight.value)
+        u, s, v = np.linalg.svd(rng.standard_normal(weight.shape), full_matrices=False)
+        s = np.arange(1, len(s) + 1) ** -power
+        layer.weight.value.const_value = ir.Tensor(((u * s) @ v).astype(np.float32))
+    return model
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_factors_are_in_one_block_and_count_as_one_layer(granularity: blocks.Granularity) -> None:
+    model = fits.shipped(fashion.VIT)
+    fits.run(model, "simplify,fold-bn", fits.calibration(8))
+    before = [block.name for block in blocks.partition(model, granularity=granularity)]
+    fits.run(model, "low-rank{share=0.5 weigh=none}", fits.calibration(8))
+    parts = blocks.partition(model, granularity=granularity)
+    where = {layer.name: part.name for part in parts for layer in part.layers}
+    pairs = [name for name in where if name.endswith("/inner")]
+    assert len(pairs) > 30
+    assert all(where[name] == where[name.removesuffix("/inner")] for name in pairs)
+    assert len(parts) == len(before)
+
+
+def test_the_float_trajectory_through_factors_is_that_of_the_captured_layer() -> None:
+    model = graphs.graph(WIDE)
+    captured, data = model.clone(), fits.correlated(model)
+    fits.run(model, "low-rank{rank=4 weigh=none},calibrate,quantize{weight=int4}", data)
+    parts = blocks.partition(model, granularity="layer")
+    for given in (None, captured):
+        prefix = Prefix(Quantized(model, OrtCpu()), parts, data.samples[:3], captured=given)
+        prefix.run()
+        for number in range(3):
+            wanted = execute.execute(given or model, data.samples[number])["y"]
+            found = prefix.float.value("y", number)
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_whose_values_have_new_names_keeps_its_own_function() -> None:
+    model = graphs.graph(WIDE)
+    captured, data = model.clone(), fits.correlated(model)
+    passes = "equalize{input=float},low-rank{rank=4 weigh=none},quantize{weight=int4 input=float}"
+    fits.run(model, passes, data)
+    parts = blocks.partition(model, granularity="layer")
+    assert [name for name in parts[1].inputs if name.endswith("/equalized")]
+    prefix = Prefix(Quantized(model, OrtCpu()), parts, data.samples[:2], captured=captured)
+    prefix.run()
+    wanted = execute.execute(model, data.samples[1])["y"]
+    np.testing.assert_allclose(prefix.float.value("y", 1), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_rounding_factors_together_makes_good_for_what_was_cut_off(granularity: str) -> None:
+    captured = decaying(WIDE)
+    data = fits.correlated(captured, 60)
+    cut = "low-rank{rank=12 weigh=input}"
+    decided = f"{cut},quantize{{weight=int4 input=float method=mse}}"
+    fit = f"reconstruct{{steps=100 granularity={granularity}}}"
+
+    def error(passes: str, reference: ir.Model | None = None) -> float:
+        model = captured.clone()
+        fits.run(model, passes, data, reference=reference)
+        return fits.noise(captured, model, data.judges)
+
+    others = [cut, decided, f"{decided},gptq", f"{decided},{fit}"]
+    assert error(f"{decided},{fit}", captured) < 0.5 * min(map(error, others))
