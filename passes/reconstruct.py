@@ -1,8 +1,8 @@
 """Fit how weights and activations are rounded, block by block, to what the float model computes.
 
 Sources: AdaRound (Nagel et al., arXiv 2004.10568), BRECQ (Li et al., arXiv 2102.05426), QDrop (Wei
-et al., arXiv 2203.05740), LSQ (Esser et al., arXiv 1902.08153). The joint fit of two factors is that
-of MLoRQ (arXiv 2507.09616), step 9, with these losses and steps.
+et al., arXiv 2203.05740), LSQ (Esser et al., arXiv 1902.08153). That both factors of a layer of low
+rank are fitted together is from MLoRQ (arXiv 2507.09616), step 9; losses and steps are these.
 """
 
 from __future__ import annotations
