@@ -89,7 +89,7 @@ class Gptaq(Pass):
         others = [number for number in range(len(real)) if number not in apart]
         mixed = self.mixup
         samples = mixup.filled(real, self.samples, ctx.rng("mixup"), others) if mixed else real
-        prefix = Prefix(quantized, parts, samples, data.mask)
+        prefix = Prefix(quantized, parts, samples, data.mask, ctx.reference)
         left = {layer.node for layer in excluded}
         done = 0
         for number in map(int, ctx.progress(range(len(parts)), "gptaq", len(parts))):

@@ -1,7 +1,8 @@
 """Fit how weights and activations are rounded, block by block, to what the float model computes.
 
 Sources: AdaRound (Nagel et al., arXiv 2004.10568), BRECQ (Li et al., arXiv 2102.05426), QDrop (Wei
-et al., arXiv 2203.05740), LSQ (Esser et al., arXiv 1902.08153).
+et al., arXiv 2203.05740), LSQ (Esser et al., arXiv 1902.08153). That both factors of a layer of low
+rank are fitted together is from MLoRQ (arXiv 2507.09616), step 9; losses and steps are these.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Reconstruct(Pass):
     becomes ``exp(f)`` times what it was.
 
     A block reads what the quantized blocks in front of it give, and is fitted to what the float
-    model has in its place, so that it makes good for errors in front.
+    model has in its place, so that it makes good for errors in front. Where a layer became two of
+    low rank, both are in one block, and that is what the model as captured has there: rounding
+    makes good for a part of what was cut off.
 
     * ``method``: ``adaround`` fits weights alone; ``brecq`` weights, then ranges, with squared
       errors weighed by how much the outputs of the model feel them; ``qdrop`` both at once, each
@@ -98,7 +101,8 @@ class Reconstruct(Pass):
             ctx.log(f"{node.name}: torch cannot run {said}; layers around it are fitted one by one")
         parts = blocks.partition(model, samples.state, self.granularity, alone=lacking)
         plain, prefix, apart = (
-            Prefix(quantized, parts, some, data.mask) for some in (kept, samples, kept)
+            Prefix(quantized, parts, some, data.mask, ctx.reference)
+            for some in (kept, samples, kept)
         )
         if self.method == "brecq":
             self._check(torch_exec.missing(model.graph))

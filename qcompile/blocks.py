@@ -48,6 +48,12 @@ class Block:
         found = (graph.layer_of(node) for node in self.nodes)
         return [layer for layer in found if layer is not None]
 
+    @property
+    def factored(self) -> bool:
+        """Whether a captured layer became two in it, which may compute something else."""
+        captured = [ids for layer in self.layers if (ids := graph.origins(layer.node))]
+        return len(set(captured)) < len(captured)
+
 
 def partition(
     model: ir.Model,
@@ -61,7 +67,8 @@ def partition(
     With ``block``: (1) the nodes between a join (a node that reads two values which depend on
     layers) and its immediate dominator are one block, if there are at most ``most`` layers in it;
     (2) nodes of one numbered module (``layers.3``) are one block, likewise. With ``layer`` each
-    layer is one. What is no layer goes to the block that it reads from, or else to the one that
+    layer is one. Layers that stand for one that was captured (factors of low rank) are never apart,
+    and count as one. What is no layer goes to the block that it reads from, or else to the one that
     reads it. Blocks that need each other's outputs, in one run or over ``state`` in the next, are
     one, however many layers are on a path from the input of a state to its output.
 
@@ -70,10 +77,12 @@ def partition(
     """
     flow = _flow(model, state or {})
     together: Any = UnionFind(flow)  # untyped
+    regions: Iterable[Collection[ir.Node]] = _factors(flow)
     if granularity == "block":
-        for region in itertools.chain(_modules(flow, most), _joined(flow, most)):
-            if not set(alone).intersection(region):
-                together.union(*region)
+        regions = itertools.chain(regions, _modules(flow, most), _joined(flow, most))
+    for region in regions:
+        if not set(alone).intersection(region):
+            together.union(*region)
     _attach(flow, together, set(alone))
     readers = _readers(model)
     edges = [*flow.edges, *_carried(model, flow, readers, state or {})]
@@ -109,7 +118,18 @@ def _flow(model: ir.Model, state: Mapping[str, str]) -> nx.DiGraph[ir.Node]:
 
 
 def _size(nodes: Iterable[ir.Node]) -> int:
-    return sum(graph.layer_of(node) is not None for node in nodes)
+    """How many captured layers there are in ``nodes``."""
+    layers = [node for node in nodes if graph.layer_of(node) is not None]
+    return len({graph.origins(node) or node for node in layers})
+
+
+def _factors(flow: nx.DiGraph[ir.Node]) -> Iterator[list[ir.Node]]:
+    """The layers that stand for one captured layer together."""
+    of: dict[tuple[str, ...], list[ir.Node]] = {}
+    for node in flow:
+        if graph.layer_of(node) is not None and graph.origins(node):
+            of.setdefault(graph.origins(node), []).append(node)
+    yield from of.values()
 
 
 def _joined(flow: nx.DiGraph[ir.Node], most: int) -> Iterator[set[ir.Node]]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,6 +39,8 @@ _SAMPLES, _DRAWS = 32, 10
 _LARGE = 2048
 # Columns beyond the rank, and rounds, of the range finder.
 _MORE, _ROUNDS = 16, 2
+# Where a Conv looks.
+_PLACED = ("strides", "pads", "auto_pad", "dilations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,33 +207,14 @@ def split(model: ir.Model, layer: Layer, factors: Factors) -> Layer:
     strides and padding to the layer in front, which has no bias, so padded places stay zero.
     """
     assert layer.input is not None
-    value, dtype = layer.weight.value, layer.weight.value.dtype
-    assert dtype is not None
-    kind = np.dtype(dtype.numpy())
-    x, conv = layer.input.value, layer.kind == "conv"
-    inner, outer = factors.b.astype(kind), factors.a.astype(kind)
-    first: graph.Array = inner.T  # x [..., K] times B^T [K, r]
-    second: graph.Array = outer if layer.channel_axis == 0 else outer.T
-    if conv:
-        rank = len(graph.shape_of(value) or ())
-        ones = (1,) * (rank - 2)
-        first, second = inner.reshape(*inner.shape, *ones), outer.reshape(*outer.shape, *ones)
-    b = graph.add_constant(model, f"{value.name}/inner", np.ascontiguousarray(first))
-    a = graph.add_constant(model, f"{value.name}/outer", np.ascontiguousarray(second))
-    moved = ("strides", "pads", "auto_pad", "dilations", "kernel_shape") if conv else ()
-    attributes = {
-        name: layer.node.attributes[name].value for name in moved if name in layer.node.attributes
-    }
-    z = graph.insert(
-        model, "Conv" if conv else "MatMul", [x, b], attributes,
-        output=f"{layer.name}/inner", before=layer.node, like=_inner(layer, factors.rank),
-    )  # fmt: skip
+    z = _inner(model, layer, factors, f"{layer.name}/inner")
     node = z.producer()
     assert node is not None
     graph.set_origins(node, graph.origins(layer.node))
-    for name in ("strides", "pads", "auto_pad", "dilations"):
-        if conv:
-            layer.node.attributes.pop(name, None)
+    for name in _PLACED if layer.kind == "conv" else ():
+        layer.node.attributes.pop(name, None)
+    flip = layer.kind == "linear" and layer.channel_axis != 0
+    a = _constant(model, layer, "outer", factors.a.T if flip else factors.a)
     layer.input.read_from(z)
     layer.weight.read_from(a)
     made = graph.layer_of(node)
@@ -240,8 +222,51 @@ def split(model: ir.Model, layer: Layer, factors: Factors) -> Layer:
     return made
 
 
-def _inner(layer: Layer, rank: int) -> ir.Value:
-    """Type and shape of what lies between the two layers."""
+def branch(model: ir.Model, layer: Layer, factors: Factors) -> None:
+    """Take ``factors`` out of the weight of ``layer``, and add what they give behind its bias.
+
+    The two products are no layers, as their role says. The sum takes the name of the output.
+    """
+    whole, conv, y = graph.constant(layer.weight.value), layer.kind == "conv", layer.biased_output
+    a, b = (each.astype(whole.dtype).astype(np.float64) for each in (factors.a, factors.b))
+    rest = patches.from_matrix(layer, (matrix(layer) - a @ b)[None]).astype(whole.dtype)
+    z = _inner(model, layer, factors, f"{layer.name}/branch/inner", "branch")
+    a = a * graph.attribute(layer.node, "alpha", 1.0)
+    outer = _constant(model, layer, "outer", a if conv else a.T)
+    t = graph.insert(
+        model, "Conv" if conv else "MatMul", [z, outer],
+        output=f"{layer.name}/branch/outer", before=layer.node, like=y, role="branch",
+    )  # fmt: skip
+    name = f"{layer.weight.value.name}/residual"
+    layer.weight.read_from(graph.add_constant(model, name, np.ascontiguousarray(rest)))
+    total = graph.insert(model, "Add", [y, t], output=f"{y.name}/whole", behind=y, like=y)
+    graph.replace(model, y, total, keep=lambda use: use.node is total.producer())
+
+
+def _constant(model: ir.Model, layer: Layer, name: str, factor: Doubles) -> ir.Value:
+    """A factor as a weight in the type of that of ``layer``; of a Conv with a kernel of one."""
+    value = layer.weight.value
+    assert value.dtype is not None
+    rank = len(graph.shape_of(value) or ())
+    array = factor.astype(value.dtype.numpy()).reshape(*factor.shape, *(1,) * (rank - 2))
+    return graph.add_constant(model, f"{value.name}/{name}", np.ascontiguousarray(array))
+
+
+def _inner(model: ir.Model, layer: Layer, factors: Factors, name: str, role: str = "") -> ir.Value:
+    """``x B^T`` of what ``layer`` reads, called ``name``; a Conv where that of ``layer`` looks."""
+    assert layer.input is not None
+    conv = layer.kind == "conv"
+    b = _constant(model, layer, "inner", factors.b if conv else factors.b.T)
+    moved = [n for n in (*_PLACED, "kernel_shape") if conv and n in layer.node.attributes]
+    return graph.insert(
+        model, "Conv" if conv else "MatMul", [layer.input.value, b],
+        {n: layer.node.attributes[n].value for n in moved},
+        output=name, before=layer.node, like=_between(layer, factors.rank), role=role,
+    )  # fmt: skip
+
+
+def _between(layer: Layer, rank: int) -> ir.Value:
+    """Type and shape of what lies between the two factors."""
     assert layer.input is not None
     x, y = layer.input.value, layer.output
     if layer.kind == "conv" and y.shape is not None:
@@ -252,8 +277,3 @@ def _inner(layer: Layer, rank: int) -> ir.Value:
     else:
         shape = None
     return ir.Value(type=x.type, shape=shape)
-
-
-def macs(shape: tuple[int, int], rank: int) -> float:
-    """Multiplications of the two layers for one of the whole weight [N, K]."""
-    return rank * sum(shape) / max(math.prod(shape), 1)

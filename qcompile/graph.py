@@ -585,12 +585,18 @@ def redirect(model: ir.Model, old: ir.Value, new: ir.Value, keep: Callable[[Use]
         model.graph.outputs[position] = new
 
 
-def replace(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
-    """Let ``new``, which computes the same as ``old``, have its readers, its name and its place."""
+def replace(
+    model: ir.Model, old: ir.Value, new: ir.Value, keep: Callable[[Use], bool] = lambda _: False
+) -> None:
+    """Let ``new``, which computes what ``old`` did, have its readers, its name and its place.
+
+    Readers for which ``keep`` is true read ``old`` on.
+    """
     name = old.name
-    redirect(model, old, new, keep=lambda _: False)
+    redirect(model, old, new, keep)
     if new.name != name:
-        old.name, new.name = unique(model, f"{name}/gone"), name
+        left = "inner" if old.uses() else "gone"
+        old.name, new.name = unique(model, f"{name}/{left}"), name
 
 
 def inside(node: ir.Node) -> Iterator[ir.Node]:

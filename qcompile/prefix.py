@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from qcompile import ports, rounding
 from qcompile.blocks import Block
+from qcompile.errors import PassError
 from qcompile.quantized import Maps, Quantized
 from qcompile.sequences import Sample, Samples
 from qcompile.torch_exec import TorchGraph
@@ -30,6 +32,9 @@ class Prefix:
         blocks: see ``blocks.partition``.
         samples: what to run.
         mask: the input that is 0 where a position does not count, or None.
+        captured: the model as captured. The float trajectory through a block in which one of its
+            layers became two of low rank is that of the whole layer, if all that the block reads
+            and writes has a name there: fits make good for what was cut off.
 
     An operator that torch lacks is run by ONNX Runtime, and stops gradients.
     """
@@ -40,7 +45,9 @@ class Prefix:
         blocks: Sequence[Block],
         samples: Samples,
         mask: str | None = None,
+        captured: ir.Model | None = None,
     ) -> None:
+        self.captured = captured
         self.quantized = quantized
         self.blocks = blocks
         self.samples = samples
@@ -56,7 +63,7 @@ class Prefix:
         """Run block ``number`` in float, and return it as a function."""
         block = self.blocks[number]
         part = self.function(block, block.outputs)
-        self.float.run(block, self._runs(part, ({}, {})))
+        self.float.run(block, self._runs(self._whole(block) or part, ({}, {})))
         return part
 
     def leave(self, number: int, part: TorchGraph) -> None:
@@ -71,6 +78,16 @@ class Prefix:
         """``outputs``, computed of what ``block`` reads."""
         quantized = self.quantized
         return TorchGraph(quantized.model, block.inputs, outputs, quantized.device, elsewhere=True)
+
+    def _whole(self, block: Block) -> TorchGraph | None:
+        """``block`` before layers in it became two; None if none did, or it is not found."""
+        if self.captured is None or not block.factored:
+            return None
+        device = self.quantized.device
+        try:
+            return TorchGraph(self.captured, block.inputs, block.outputs, device, elsewhere=True)
+        except PassError:  # a value that has another name
+            return None
 
     def run(self) -> None:
         """Run all blocks, in float and as they are rounded now."""

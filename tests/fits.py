@@ -62,11 +62,12 @@ def run(
     target: Target | None = None,
     seed: int = 0,
     said: list[str] | None = None,
+    reference: ir.Model | None = None,
 ) -> list[Step]:
     """Run ``passes`` over ``model`` in place; what is logged goes to ``said``."""
     steps = pipeline.parse(passes, registry.passes())
     log = pipeline.silent if said is None else said.append
-    context = Context(calibration=data, target=target or OrtCpu(), seed=seed, log=log)
+    context = Context(seed, data, target or OrtCpu(), reference, log=log)
     return pipeline.run(model, steps, context)
 
 
