@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+from collections import Counter
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -107,12 +108,33 @@ def report_of(
         outputs=tuple(outputs),
         accuracy=accuracy,
         left_alone=tuple(report.left_alone(reference, rows)),
+        added=_added(made.decided, rows, calibration),
         share=report.shares(rows),
         size=size,
         latency=timed,
         simulated_against_run=apart,
         warnings=(*findings, *notes, *_warnings(calibration, outputs, size, timed)),
     )
+
+
+def _added(
+    decided: ir.Model, rows: Sequence[report.LayerReport], calibration: Calibration | None
+) -> dict[str, float]:
+    """The MACs of what passes added and is no layer (see ``graph.ROLE``), for one of the layers."""
+    added = [node for node in decided.graph if node.metadata_props.get(graph.ROLE)]
+    whole = sum(row.macs for row in rows)
+    if not added or calibration is None or not whole:
+        return {}
+    shapes = calibration.shapes(decided)
+    macs: Counter[str] = Counter()
+    for node in added:
+        if node.op_type not in ("Conv", "MatMul") or (factor := node.inputs[1]) is None:
+            continue
+        out, weight = shapes.get(node.outputs[0].name or ""), graph.shape_of(factor)
+        if out is not None and weight is not None:
+            each = math.prod(weight[1:]) if node.op_type == "Conv" else weight[-2]
+            macs[node.metadata_props[graph.ROLE]] += math.prod(out) * each
+    return {role: count / whole for role, count in macs.items()}
 
 
 def _outputs(judge: simulate.Judge, simulated: Spill, runs: Spill) -> list[report.Output]:

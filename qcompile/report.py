@@ -149,6 +149,7 @@ class Report:
     outputs: tuple[Output, ...]
     accuracy: Accuracy | None
     left_alone: tuple[LeftAlone, ...]
+    added: dict[str, float]
     share: dict[str, dict[str, float]]
     size: Size
     latency: Latency | None
@@ -384,6 +385,9 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
     others = [item for item in report.left_alone if item.name not in named]
     for item in others:
         line = f"left alone: {item.name} ({item.op}): {item.reason}"
+        console.print(line, highlight=False, markup=False)
+    for role, more in report.added.items():
+        line = f"added: {role}, {more:.1%} more MACs in float, which the shares do not count"
         console.print(line, highlight=False, markup=False)
     for warning in report.warnings:
         console.print(f"[bold red]warning:[/bold red] {escape(warning)}", highlight=False)

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 import qcompile
-from qcompile import graph, report
+from qcompile import execute, graph, report
 from qcompile.models import fashion
 from qcompile.report import LayerReport, Report
 
@@ -81,6 +81,25 @@ def test_the_report_of_a_shipped_model_is_valid(tmp_path: pathlib.Path, name: st
     assert all(layer["macs"] > 0 for layer in read["layers"])
     assert result.report.size.compiled_bytes < result.report.size.float_bytes
     assert not result.report.warnings
+
+
+def test_what_was_added_and_multiplies_is_told_beside_the_shares(tmp_path: pathlib.Path) -> None:
+    source = "(float[4,64] x) => (float[4,6] y) <float[64,6] w> { y = MatMul(x, w) }"
+    execute.save(graphs.graph(source), tmp_path / "m.onnx")
+    data = graphs.samples(graphs.graph(source), 20)
+    for passes, added in [
+        ("calibrate,quantize,insert-qdq", {}),
+        # x B^T and z A^T of rank 2: 2 (64 + 6) for 64 x 6 multiplications a row.
+        ("low-rank{form=branch rank=2},calibrate,quantize,insert-qdq", {"branch": 140 / 384}),
+        (
+            "smooth-hadamard{place=everywhere block=32},calibrate,quantize,insert-qdq",
+            {"rotation": 32 / 6},
+        ),
+    ]:
+        [result] = qcompile.compile(
+            tmp_path / "m.onnx", tmp_path / "out", passes=passes, calib=data
+        )
+        assert valid(result.report)["added"] == pytest.approx(added)
 
 
 @pytest.mark.parametrize("passes", ["@int8", "calibrate,quantize{exclude=c},insert-qdq"])
@@ -262,11 +281,12 @@ def test_names_with_brackets_are_shown_as_they_are(tmp_path: pathlib.Path, verbo
         model=name,
         layers=tuple(dataclasses.replace(layer, name=name, runs="float") for layer in found.layers),
         left_alone=(report.LeftAlone("b" + name, "If", 0, name),),
+        added={name: 0.1},
         outputs=(dataclasses.replace(found.outputs[0], name=name),),
         warnings=(name,),
     )
     # Title, output, both layers, the operator and its reason, the warning.
-    assert shown(found, verbose).count(name) == 7
+    assert shown(found, verbose).count(name) == 8
 
 
 def test_every_layer_of_the_model_has_a_row(tmp_path: pathlib.Path) -> None:
