@@ -19,7 +19,6 @@ those that train or judge also the package foolbox (``qcompile fetch foolbox``).
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -29,6 +28,7 @@ import numpy.typing as npt
 from scipy import interpolate
 
 from qcompile.errors import CalibrationError
+from qcompile.models import shipped
 from qcompile.models.pictures import Pixels, labelled_files, skimage_folder
 from qcompile.sources import Sample
 
@@ -225,6 +225,4 @@ def path(name: str) -> pathlib.Path:
     Raises:
         FileNotFoundError: no such file is shipped.
     """
-    if name not in FILES:
-        raise FileNotFoundError(f"no shipped file {name!r}; known are {', '.join(FILES)}")
-    return pathlib.Path(str(importlib.resources.files("qcompile.models") / name))
+    return shipped.path(name, FILES)

@@ -16,11 +16,12 @@ the licence of qcompile.
 
 from __future__ import annotations
 
-import importlib.resources
 import pathlib
 
 import numpy as np
 import numpy.typing as npt
+
+from qcompile.models import shipped
 
 CNN = "fashion_cnn.onnx"
 VIT = "fashion_vit.onnx"
@@ -50,9 +51,7 @@ def path(name: str) -> pathlib.Path:
     Raises:
         FileNotFoundError: no such file is shipped.
     """
-    if name not in FILES:
-        raise FileNotFoundError(f"no shipped file {name!r}; known are {', '.join(FILES)}")
-    return pathlib.Path(str(importlib.resources.files("qcompile.models") / name))
+    return shipped.path(name, FILES)
 
 
 def normalize(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

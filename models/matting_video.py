@@ -21,7 +21,6 @@ Points are (x, y) in pixels, and the centre of the pixel in column i and row j i
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
@@ -31,7 +30,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from qcompile.errors import CalibrationError
-from qcompile.models import fetch
+from qcompile.models import fetch, shipped
 from qcompile.models.pictures import Pixels, labelled_files, skimage_folder
 from qcompile.sources import Sample
 
@@ -382,9 +381,7 @@ def path(name: str) -> pathlib.Path:
     Raises:
         FileNotFoundError: no such file is shipped.
     """
-    if name not in FILES:
-        raise FileNotFoundError(f"no shipped file {name!r}; known are {', '.join(FILES)}")
-    return pathlib.Path(str(importlib.resources.files("qcompile.models") / name))
+    return shipped.path(name, FILES)
 
 
 def carphone(frames: int = 12, first: int = 0, size: int = SIZE) -> list[Sample]:

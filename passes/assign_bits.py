@@ -18,9 +18,10 @@ from typing import Any, ClassVar, Literal
 import onnx_ir as ir
 
 from qcompile import factors, graph, numerics, sensitivity, spec
-from qcompile.assignment import FLOAT_BITS, Assigned, Assigner, Costs, Items, Pairs
+from qcompile.assignment import Assigned, Assigner
 from qcompile.budget import Budget
 from qcompile.calibrate import Calibration, content_keys
+from qcompile.candidates import FLOAT_BITS, Costs, Items, Pairs
 from qcompile.deciding import WEIGHTED, Granularity, Weights, decide_input, decide_weights
 from qcompile.errors import PassError
 from qcompile.factors import Weigh

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qcompile import execute, graph, numerics, pipeline, plotting, report, simulate
-from qcompile.assignment import size_of
 from qcompile.budget import Budget
+from qcompile.candidates import size_of
 from qcompile.compiler import Compiler
 from qcompile.errors import CalibrationError, PassError, QCompileError
 from qcompile.options import Options

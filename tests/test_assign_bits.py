@@ -17,7 +17,6 @@ import pytest
 from command import Command
 
 from qcompile import (
-    assignment,
     capture,
     compiler,
     execute,
@@ -29,10 +28,11 @@ from qcompile import (
     spec,
 )
 from qcompile import sensitivity as sensitivities
-from qcompile.assignment import Assigner, Costs, Items, Pairs
+from qcompile.assignment import Assigner
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.budget import Budget
 from qcompile.calibrate import Calibration
+from qcompile.candidates import Costs, Items, Pairs, losses_by_rank
 from qcompile.deciding import Weights
 from qcompile.errors import PassError, PipelineSyntaxError, QCompileError, TargetError
 from qcompile.models import fashion
@@ -475,7 +475,7 @@ def test_losses_of_all_ranks_are_those_of_each() -> None:
     weight, a, b = rng.standard_normal((9, 7)), rng.standard_normal((9, 5)), rng.random((5, 7))
     left, right = rng.random(9), rng.random(7)
     small = a.astype(np.float32), b.astype(np.float32)
-    found = assignment.losses_by_rank(weight, *small, left, right)
+    found = losses_by_rank(weight, *small, left, right)
     wanted = [
         np.mean((left[:, None] * (weight - a[:, :r] @ b[:r]) * right) ** 2) for r in range(1, 6)
     ]

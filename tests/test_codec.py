@@ -13,9 +13,11 @@ import pytest
 from command import Command
 
 from qcompile import capture, decisions, execute, graph, pareto, pipeline, registry, sensitivity
-from qcompile.assignment import Assigner, Budget, Costs, Items
+from qcompile.assignment import Assigner
 from qcompile.backends.onnxruntime import OrtCpu
+from qcompile.budget import Budget
 from qcompile.calibrate import Calibration
+from qcompile.candidates import Costs, Items
 from qcompile.deciding import Weights
 from qcompile.errors import CalibrationError
 from qcompile.models import codec
