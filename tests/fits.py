@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import graphs
 import numpy as np
 import onnx_ir as ir
+import pytest
 
-from qcompile import pipeline, ports, registry, simulate, sources
+from qcompile import compiler, pipeline, ports, registry, simulate, sources
 from qcompile.backends.base import Target
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.calibrate import Calibration
@@ -88,3 +91,37 @@ def matting(frames: int) -> tuple[ir.Model, Calibration]:
     clips = sources.load(source, ports.inputs_of(model), state=state).samples
     few = [list(clips.sequence(n)[:frames]) for n in range(clips.sequences)]
     return model, Calibration(sources.load(few, ports.inputs_of(model), state=state))
+
+
+class Killed(BaseException):
+    """Ends a run as a signal does."""
+
+
+def resumes(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, passes: str, behind: int
+) -> None:
+    """A run that is killed ``behind`` some parts of a pass goes on there, to the same bytes."""
+    options: dict[str, Any] = {
+        "calib": str(fashion.path(fashion.CALIBRATION)), "resume": True, "passes": passes,
+    }  # fmt: skip
+    source, said = fashion.path(fashion.CNN), list[str]()
+    monkeypatch.setenv("QCOMPILE_CACHE", str(folder / "whole-states"))
+    compiler.compile(source, folder / "whole", **options)
+    monkeypatch.setenv("QCOMPILE_CACHE", str(folder / "states"))
+    checkpoint, done = Context.checkpoint, 0
+
+    def killing(context: Context, key: str, compute: Callable[[], Sample]) -> Sample:
+        nonlocal done
+        if done == behind:
+            raise Killed
+        done += 1
+        return checkpoint(context, key, compute)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Context, "checkpoint", killing)
+        compiler.compile(source, folder / "out", **options)
+    compiler.compile(source, folder / "out", **options, log=said.append)
+    assert f"resumed inside a pass, of which {behind} parts were done" in said
+    one, other = ((folder / name / "model.onnx").read_bytes() for name in ("whole", "out"))
+    assert one == other
+    assert not list((folder / "states").glob("*.parts"))

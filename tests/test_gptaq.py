@@ -11,12 +11,11 @@ import graphs
 import numpy as np
 import pytest
 
-from qcompile import compiler, decisions, graph, pipeline, registry, spec, text
+from qcompile import decisions, graph, pipeline, registry, spec, text
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.backends.tensorrt import TensorRtRtx
 from qcompile.errors import PassError
 from qcompile.models import fashion
-from qcompile.passes import gptq
 from qcompile.passes.gptaq import RIDGES, Gptaq, Seen, best_ridge, moved
 
 pytest.importorskip("torch")
@@ -101,39 +100,11 @@ def test_the_same_run_makes_the_same_codes() -> None:
     assert found[0] == found[1]
 
 
-class Killed(BaseException):
-    """What no code of the project catches."""
-
-
 def test_a_killed_run_goes_on_at_its_layer_and_ends_in_the_same_bytes(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "whole-states"))
-    options: dict[str, Any] = {
-        "calib": str(fashion.path(fashion.CALIBRATION)), "resume": True,
-        "passes": f"{fits.FOUR},gptaq{{samples=8}},insert-qdq",
-    }  # fmt: skip
-    source = fashion.path(fashion.CNN)
-    compiler.compile(source, tmp_path / "whole", **options)
-    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "states"))
-    fitted, calls = gptq.fitted, 0
-
-    def killing(job: gptq.Job, damping: float) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise Killed
-        return fitted(job, damping)
-
-    monkeypatch.setattr(gptq, "fitted", killing)
-    with pytest.raises(Killed):
-        compiler.compile(source, tmp_path / "out", **options)
-    said: list[str] = []
-    compiler.compile(source, tmp_path / "out", **options, log=said.append)
-    assert "resumed inside a pass, of which 3 parts were done" in said
-    assert calls == 4 + 8 - 3  # layers of the model, less those that were done
-    one, other = ((tmp_path / name / "model.onnx").read_bytes() for name in ("whole", "out"))
-    assert one == other
+    passes = f"{fits.FOUR},gptaq{{samples=8}},insert-qdq"
+    fits.resumes(tmp_path, monkeypatch, passes, behind=3)
 
 
 def test_what_it_cannot_fit_is_left_and_counted() -> None:

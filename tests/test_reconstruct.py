@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompile import blocks, compiler, decisions, graph, pipeline, registry, simulate, text
+from qcompile import blocks, decisions, graph, pipeline, registry, simulate, text
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.backends.tensorrt import TensorRtRtx
 from qcompile.calibrate import Calibration
@@ -317,38 +317,11 @@ def test_errors_count_as_the_outputs_feel_them(monkeypatch: pytest.MonkeyPatch) 
 # -- runs that are killed -----------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Ends a run as a signal does."""
-
-
 def test_a_killed_run_goes_on_at_its_block_and_ends_in_the_same_bytes(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    behind = 3
-    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "whole-states"))
-    options: dict[str, Any] = {
-        "calib": str(fashion.path(fashion.CALIBRATION)), "resume": True,
-        "passes": f"{fits.FOUR},reconstruct{{steps=3 samples=4 rate=0.1}},insert-qdq",
-    }  # fmt: skip
-    source = fashion.path(fashion.CNN)
-    compiler.compile(source, tmp_path / "whole", **options)
-    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "states"))
-    done = 0
-
-    def killing(line: str) -> None:
-        nonlocal done
-        done += " -> " in line and "SQNR" not in line
-        if done == behind:
-            raise Killed
-
-    with pytest.raises(Killed):
-        compiler.compile(source, tmp_path / "out", **options, log=killing)
-    said: list[str] = []
-    compiler.compile(source, tmp_path / "out", **options, log=said.append)
-    assert f"resumed inside a pass, of which {behind} parts were done" in said
-    one, other = ((tmp_path / name / "model.onnx").read_bytes() for name in ("whole", "out"))
-    assert one == other
-    assert not list((tmp_path / "states").glob("*.parts"))
+    passes = f"{fits.FOUR},reconstruct{{steps=3 samples=4 rate=0.1}},insert-qdq"
+    fits.resumes(tmp_path, monkeypatch, passes, behind=3)
 
 
 def test_what_a_block_found_is_kept_exactly() -> None:
