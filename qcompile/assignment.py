@@ -78,7 +78,7 @@ class Assigner:
         every = [pair for item in range(len(self.items)) for pair in self._all(item)]
         # One for each is needed for a guess: the middle, since guesses are worse further away.
         middles = [(item, self.items.widths // 2) for item in range(len(self.items))]
-        self._measure(every if full else middles)
+        costs.measure(every if full else middles)
 
     def _size(self, item: int, choice: Choice, kind: str) -> float:
         if kind == "latency":
@@ -195,11 +195,7 @@ class Assigner:
             left = [pair for pair in rests_on(found) if not self.costs.known(*pair)]
             if not left:
                 return found
-            self._measure(left)
-
-    def _measure(self, pairs: Places) -> None:
-        for pair in self.items.ctx.progress(pairs, "sensitivity", len(pairs)):
-            self.costs.measure(*pair)
+            self.costs.measure(left)
 
     def fits(self, numbers: Sequence[int]) -> bool:
         """Whether the choice stays within all budgets."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -130,6 +130,12 @@ class Items:
     def shape(self, item: int) -> tuple[int, ...]:
         """The shape of the weight."""
         return graph.shape_of(self.readers[item][0].weight.value) or ()
+
+    def decide(self, choices: Iterable[Choice]) -> None:
+        """Decide all weights in the widths among ``choices``, which ``rounded`` does else."""
+        for choice in choices:
+            if not (choice.rank or choice.is_float):
+                self._with(choice.bits)
 
     def rounded(self, item: int, choice: Choice) -> Floats:
         """What is multiplied with in place of the weight."""
@@ -293,17 +299,26 @@ class Costs:
         self._known: dict[int, dict[int, float]] = {}
         self._losses: dict[tuple[int, int], float] = {}
 
-    def measure(self, item: int, number: int) -> float:
-        """The cost of choice ``number`` of ``item``."""
-        choice = self.items.choices[item][number]
-        if choice.is_float:
-            self._measured[item, number] = 0.0
-        if (item, number) not in self._measured:
-            weight = self.items.rounded(item, choice)
-            cost = self.sensitivity.cost(self.items.readers[item], weight)
-            self._measured[item, number] = cost
-        self._known.setdefault(item, {})[number] = self._measured[item, number]
-        return self._measured[item, number]
+    def measure(self, places: Iterable[tuple[int, int]]) -> None:
+        """Measure choices, each by its item and number; those of an item are one task."""
+        places, items = list(places), self.items
+        wanted: dict[int, list[int]] = {}
+        for item, number in places:
+            if items.choices[item][number].is_float:
+                self._measured[item, number] = 0.0
+            if (item, number) not in self._measured:
+                wanted.setdefault(item, []).append(number)
+        items.decide(items.choices[item][n] for item, numbers in wanted.items() for n in numbers)
+        asked = (
+            (items.readers[item], [items.rounded(item, items.choices[item][n]) for n in numbers])
+            for item, numbers in wanted.items()
+        )
+        found = self.sensitivity.costs(asked, items.ctx, len(wanted))
+        for (item, numbers), costs in zip(wanted.items(), found, strict=True):
+            for number, cost in zip(numbers, costs, strict=True):
+                self._measured[item, number] = cost
+        for item, number in places:
+            self._known.setdefault(item, {})[number] = self._measured[item, number]
 
     def anew(self) -> Costs:
         """These costs, with nothing asked for yet."""

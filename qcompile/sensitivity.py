@@ -5,33 +5,32 @@ built on it take such costs to add up over layers, which is an assumption: for i
 noise it holds to first order.
 
 Only what depends on the changed layer is run: the values around it are computed once, in float,
-and kept in a file. The weight is an input of that part, so that one session serves all trials of a
-layer. What the layer reads and writes may be rounded as well. A state is that of the float model,
-so that what gathers over frames does not count.
+and kept in a file. What the layer reads and writes may be rounded as well. A state is that of the
+float model, so that what gathers over frames does not count. Layers are independent of each other:
+the trials of each are a task (see ``trials``).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile import capture, execute, graph, sequences
+from qcompile import capture, execute, graph, sequences, trials
 from qcompile.errors import CalibrationError, PassError, QCompileError
 from qcompile.graph import Layer
 from qcompile.numerics import Floats, Grid
+from qcompile.pipeline import Context
 from qcompile.sequences import Sample, Samples
 from qcompile.spill import Spill
+from qcompile.trials import Lent, Metric, Trials, Trio
 
 Array = npt.NDArray[Any]
-# What a sample was fed, what float makes of it, and what the trial made of it.
-Trio = tuple[Sample, Mapping[str, Array], Mapping[str, Array]]
-Metric = Callable[[Iterable[Trio]], float]
 
 
 def metric(text: str) -> Metric:
@@ -95,21 +94,29 @@ class _Own:
     """The relative change of a function of the user's."""
 
     def __init__(self, text: str) -> None:
-        function = capture.load_object(text, "metric")
+        self._text = text
+        _ = self._function  # what is wrong with it is said before anything runs
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"_text": self._text}  # loaded again where it is called
+
+    @functools.cached_property
+    def _function(self) -> Callable[..., Any]:
+        function = capture.load_object(self._text, "metric")
         if not callable(function):
-            raise PassError(f"metric {text!r} is {type(function).__name__}, no function")
-        self._text, self._function = text, function
-        self._sign = 1.0 if getattr(function, "lower_is_better", False) else -1.0
+            raise PassError(f"metric {self._text!r} is {type(function).__name__}, no function")
+        return function
 
     def __call__(self, trios: Iterable[Trio]) -> float:
         kept = list(trios)
         base = self._value((sample, dict(wanted)) for sample, wanted, _ in kept)
         value = self._value((sample, dict(found)) for sample, _, found in kept)
-        return self._sign * (value - base) / max(abs(base), 1e-300)
+        change = (value - base) / max(abs(base), 1e-300)
+        return change if getattr(self._function, "lower_is_better", False) else -change
 
     def _value(self, runs: Iterable[tuple[Sample, dict[str, Array]]]) -> float:
         try:
-            value = float(cast("Any", self._function(runs)))
+            value = float(self._function(runs))
         except QCompileError:
             raise
         except Exception as error:  # whatever the user's code raises
@@ -120,21 +127,8 @@ class _Own:
         return value
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """What depends on some layers, as a model; its inputs; and its share of the MACs of a run."""
-
-    model: ir.Model
-    inputs: tuple[str, ...]
-    share: float
-
-
-# The input of a part that is the weight on trial.
-_WEIGHT = "qcompile.trial"
-
-
 class Sensitivity:
-    """Costs of changed layers of ``model``, on ``samples``.
+    """Costs of changed layers of ``model``, which must stay as it is, on ``samples``.
 
     ``grids``: those, in 8 bits, to which values are rounded that changed layers read and write, by
     layer and value; what it writes is rounded for all that read it.
@@ -153,162 +147,67 @@ class Sensitivity:
         self.samples = Samples.of(samples)
         self.passes = 0.0
         self.trials = 0
+        self._lent = Lent(model)
         self._entered = [v.name or "" for v in model.graph.inputs]
-        self._outputs = [v.name or "" for v in model.graph.outputs]
-        self._macs: dict[str, int] = {}
-        self._kept: dict[str, Spill] = {}
-        self._session: tuple[str, execute.Session, _Part] | None = None
+        self._outputs = tuple(v.name or "" for v in model.graph.outputs)
 
     def cost(self, layers: Sequence[Layer], weight: Floats) -> float:
         """The cost if ``layers``, which share one weight, read ``weight`` in its place."""
-        session, part = self._prepared(layers)
-        self.passes += part.share
-        self.trials += 1
-        return self.metric(self._runs(session, part, weight))
+        [cost] = trials.costs(self._trials(layers, [weight]))
+        return cost
 
-    def _runs(self, session: execute.Session, part: _Part, weight: Floats) -> Iterator[Trio]:
-        changed = set(session.outputs)
-        for number, sample in enumerate(self.samples):
-            found = session.run(self._float(part.inputs, number) | {_WEIGHT: weight})
-            wanted = self._float(self._outputs, number)
-            yield sample, wanted, {n: found[n] if n in changed else wanted[n] for n in wanted}
+    def costs(
+        self, asked: Iterable[tuple[Sequence[Layer], Sequence[Floats]]], ctx: Context, total: int
+    ) -> list[list[float]]:
+        """The costs of each of ``total`` pairs of layers that share a weight, and weights for it.
 
-    def _prepared(self, layers: Sequence[Layer]) -> tuple[execute.Session, _Part]:
-        # One session at a time: it holds copies of the weights behind the layer.
-        key = layers[0].name
-        if self._session is None or self._session[0] != key:
-            self._session = None
-            part = self._part(layers)
-            self._session = key, execute.Session(part.model), part
-        return self._session[1:]
+        The pairs are spread by ``ctx.map``, which may draw them in another thread.
+        """
+        _ = self._floats, self._macs  # computed here, and not by what draws
+        tasks = (self._trials(layers, weights) for layers, weights in asked)
+        return ctx.map(trials.costs, tasks, "sensitivity", total)
 
-    def _float(self, names: Iterable[str], number: int) -> Sample:
-        """The values called ``names`` in sample ``number``, in float."""
-        if not self._kept:
-            read = list(dict.fromkeys([*self._boundary(), *self._outputs]))
-            state = self.samples.state
-            session = execute.Session(sequences.fetch(self.model, read, state))
-            # A file for each, so that a trial reads no more than it needs.
-            self._kept = {name: Spill() for name in [*self._entered, *read]}
-            for feeds, found in sequences.carry(session, self.samples, state, read):
-                for name, array in {**feeds, **found}.items():
-                    if name in self._kept:
-                        self._kept[name].append({name: array})
-            self.passes += 1
-        return {name: self._kept[name][number][name] for name in names}
+    def _trials(self, layers: Sequence[Layer], weights: Sequence[Floats]) -> Trials:
+        nodes, entered = trials.behind(self.model, layers)
+        run = sum(self._macs.get(node.name or "", 0) for node in nodes)
+        self.passes += len(weights) * run / max(sum(self._macs.values()), 1)
+        self.trials += len(weights)
+        names = dict.fromkeys([*(value.name or "" for value in entered), *self._outputs])
+        return Trials(
+            self._lent, tuple(layer.name for layer in layers), weights, self.grids, self.samples,
+            {name: self._floats[name] for name in names}, self._outputs, self.metric,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def _floats(self) -> dict[str, Spill]:
+        """What parts of any layer read from outside, and the outputs, in float, by value."""
+        read = list(dict.fromkeys([*self._boundary(), *self._outputs]))
+        state = self.samples.state
+        session = execute.Session(sequences.fetch(self.model, read, state))
+        # A file for each, so that a trial reads no more than it needs.
+        kept = {name: Spill() for name in [*self._entered, *read]}
+        for feeds, found in sequences.carry(session, self.samples, state, read):
+            for name, array in {**feeds, **found}.items():
+                if name in kept:
+                    kept[name].append({name: array})
+        self.passes += 1
+        return kept
 
     def _boundary(self) -> list[str]:
         """The values that parts of any layer read from outside."""
         found: dict[str, None] = {}
         for layer in graph.layers(self.model):
             if graph.is_constant(layer.weight.value):
-                for value in _entered(self.model, [layer])[1]:
+                for value in trials.behind(self.model, [layer])[1]:
                     if not value.is_graph_input():
                         found[value.name or ""] = None
         return list(found)
 
-    def _part(self, layers: Sequence[Layer]) -> _Part:
-        nodes, entered = _entered(self.model, layers)
-        names = tuple(dict.fromkeys(value.name or "" for value in entered))
-        model = self.model.clone()
-        inner = {node.name: node for node in model.graph}
-        weight = ir.Value(
-            name=_WEIGHT, type=layers[0].weight.value.type, shape=layers[0].weight.value.shape
-        )
-        for layer in layers:
-            inner[layer.node.name].replace_input_with(layer.weight.index, weight)
-        by_name = {v.name: v for v in graph.values(model)}
-        for layer in layers:
-            read = layer.input.value.name if layer.input is not None else None
-            for name, grid in self.grids.get(layer.name, {}).items():
-                only = inner[layer.node.name] if name == read else None
-                _round(model, by_name[name], grid, only)
-        kept = {node.name for node in nodes}
-        outputs = [v for v in model.graph.outputs if (p := v.producer()) and p.name in kept]
-        model.graph.outputs.clear()
-        model.graph.outputs.extend(outputs)
-        inputs = [by_name[name] for name in names]
-        cut = [_as_input(model, value) for value in inputs]
-        model.graph.inputs.clear()
-        model.graph.inputs.extend([*cut, weight])
-        graph.clear_ranges(model)
-        graph.remove_dead(model)
-        return _Part(model, names, self._share(nodes))
-
-    def _share(self, nodes: Iterable[ir.Node]) -> float:
-        if not self._macs:
-            values = [v.name or "" for n in self.model.graph for v in n.outputs if v.name]
-            session = execute.Session(execute.fetch(self.model, values), optimize=False)
-            entered = self._float(self._entered, 0)
-            shapes = {n: np.shape(a) for n, a in (session.run(entered) | entered).items()}
-            self._macs = {layer.name: layer.macs(shapes) for layer in graph.layers(self.model)}
-        run = sum(self._macs.get(node.name or "", 0) for node in nodes)
-        return run / max(sum(self._macs.values()), 1)
-
-
-def _round(model: ir.Model, value: ir.Value, grid: Grid, only: ir.Node | None) -> None:
-    """Make the node ``only``, or all readers if None, read ``value`` as rounded to ``grid``."""
-    kind = np.int8 if grid.format.signed else np.uint8
-    ends = [
-        graph.add_constant(model, f"{value.name}/trial/{what}", np.asarray(array))
-        for what, array in (("scale", grid.scale), ("zero", grid.zero_point.astype(kind)))
-    ]
-    codes = graph.insert(
-        model, "QuantizeLinear", [value, *ends],
-        output=f"{value.name}/trial/codes", before=only, behind=None if only else value,
-    )  # fmt: skip
-    rounded = graph.insert(
-        model, "DequantizeLinear", [codes, *ends],
-        output=f"{value.name}/trial", behind=codes, like=value,
-    )  # fmt: skip
-    writer = codes.producer()
-    graph.redirect(
-        model, value, rounded,
-        keep=lambda use: use.node is writer or (only is not None and use.node is not only),
-    )  # fmt: skip
-
-
-def _as_input(model: ir.Model, value: ir.Value) -> ir.Value:
-    """An input of the graph in place of ``value``."""
-    if value.is_graph_input():
-        return value
-    name, entered = value.name, ir.Value(type=value.type, shape=value.shape)
-    value.name = graph.unique(model, f"{name}/computed")
-    entered.name = name
-    graph.redirect(model, value, entered, keep=lambda _: False)
-    return entered
-
-
-def _entered(model: ir.Model, layers: Sequence[Layer]) -> tuple[list[ir.Node], list[ir.Value]]:
-    """The nodes that ``layers`` change, in order, and what they read that is not changed."""
-    changed: set[ir.Value] = set()
-    own = {layer.node for layer in layers}
-    weights = {(layer.node, layer.weight.index) for layer in layers}
-    nodes: list[ir.Node] = []
-    for node in model.graph:
-        if node in own or any(value in changed for value in _read(node)):
-            nodes.append(node)
-            changed |= set(node.outputs)
-    entered = {
-        value: None
-        for node in nodes
-        for reader in (node, *graph.inside(node))
-        for index, value in enumerate(reader.inputs)
-        if value is not None
-        and value not in changed
-        and (reader, index) not in weights
-        and _home(value) is model.graph
-        and not graph.is_constant(value)
-    }
-    return nodes, list(entered)
-
-
-def _home(value: ir.Value) -> ir.Graph | ir.Function | None:
-    """The graph that ``value`` belongs to."""
-    writer = value.producer()
-    return value.graph if writer is None else writer.graph
-
-
-def _read(node: ir.Node) -> Iterator[ir.Value]:
-    for reader in (node, *graph.inside(node)):
-        yield from (value for value in reader.inputs if value is not None)
+    @functools.cached_property
+    def _macs(self) -> dict[str, int]:
+        """The MACs of each layer in the first sample."""
+        values = [v.name or "" for n in self.model.graph for v in n.outputs if v.name]
+        session = execute.Session(execute.fetch(self.model, values), optimize=False)
+        entered = {name: self._floats[name][0][name] for name in self._entered}
+        shapes = {n: np.shape(a) for n, a in (session.run(entered) | entered).items()}
+        return {layer.name: layer.macs(shapes) for layer in graph.layers(self.model)}

@@ -1,9 +1,16 @@
-"""Dicts of arrays in a temporary file, so that memory does not grow with their number."""
+"""Dicts of arrays in a temporary file, so that memory does not grow with their number.
+
+What is pickled of such a file is its path: other processes read it where it lies.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import os
+import shutil
+import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
@@ -25,17 +32,58 @@ class _Place:
     offset: int
 
 
-class Spill(Sequence[dict[str, Array]]):
+class Stored(Sequence[dict[str, Array]]):
+    """Dicts of arrays in the file ``path``, read by number; ``index`` says where each lies.
+
+    Reading copies from the file and maps nothing, so that only what is read is in memory. Raises
+    CalibrationError if this machine has no such file.
+    """
+
+    def __init__(self, path: str, index: Sequence[Mapping[str, _Place]]) -> None:
+        self._path, self._index = path, list(index)
+
+    @functools.cached_property
+    def _file(self) -> Any:
+        try:
+            return open(self._path, "rb")
+        except FileNotFoundError as error:
+            raise missing(self._path) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stored, (self._path, self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Array]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Array]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Array] | list[dict[str, Array]]:
+        if isinstance(index, slice):
+            return [self._read(places) for places in self._index[index]]
+        return self._read(self._index[index])
+
+    def _read(self, places: Mapping[str, _Place]) -> dict[str, Array]:
+        found: dict[str, Array] = {}
+        for name, place in places.items():
+            found[name] = np.empty(place.shape, place.dtype)
+            self._file.seek(place.offset)
+            self._file.readinto(_bytes(found[name]))
+        return found
+
+
+class Spill(Stored):
     """Dicts of arrays that are appended one at a time and read back by number.
 
-    The file has no name, so that it goes with this object or with the process, whatever ends it.
-    Reading copies from the file and maps nothing, so that only what is read is in memory.
+    The file has no name, so that it goes with this object or with the process, whatever ends it;
+    one that is pickled gets a name, and stays behind if the process is killed.
     """
 
     def __init__(self) -> None:
+        super().__init__("", [])
         # Kept open as long as this object lives; its type knows no buffers but bytes.
         self._file: Any = tempfile.TemporaryFile(prefix="qcompile-")  # noqa: SIM115
-        self._index: list[dict[str, _Place]] = []
         self._end = 0
         self._digest = hashlib.sha256()
 
@@ -71,25 +119,22 @@ class Spill(Sequence[dict[str, Array]]):
         """Remove the file."""
         self._file.close()
 
-    def __len__(self) -> int:
-        return len(self._index)
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not self._path:
+            named: Any = tempfile.NamedTemporaryFile(prefix="qcompile-")  # noqa: SIM115
+            self._file.seek(0)
+            shutil.copyfileobj(self._file, named)
+            named.flush()
+            self._file, self._path = named, named.name
+        return super().__reduce__()
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Array]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Array]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, Array] | list[dict[str, Array]]:
-        if isinstance(index, slice):
-            return [self._read(places) for places in self._index[index]]
-        return self._read(self._index[index])
 
-    def _read(self, places: Mapping[str, _Place]) -> dict[str, Array]:
-        found: dict[str, Array] = {}
-        for name, place in places.items():
-            found[name] = np.empty(place.shape, place.dtype)
-            self._file.seek(place.offset)
-            self._file.readinto(_bytes(found[name]))
-        return found
+def missing(path: str | os.PathLike[str]) -> CalibrationError:
+    """What is wrong where a temporary file of another process is not."""
+    return CalibrationError(
+        f"{socket.gethostname()} has no file {os.fspath(path)!r}: processes on several machines "
+        "need a folder for temporary files that all of them see; set TMPDIR to one"
+    )
 
 
 def add_to(digest: Any, arrays: Mapping[str, Array]) -> None:
