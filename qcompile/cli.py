@@ -65,6 +65,7 @@ def compile_command(
     tokens: int | None = None,
     seed: int = 0,
     jobs: int = 1,
+    cluster: str | None = None,
     require_fused: float | None = None,
     min_sqnr: float | None = None,
     eval: str | None = None,
@@ -118,6 +119,9 @@ def compile_command(
         The seed of everything random; the same command writes the same model bytes.
     jobs
         Worker processes for independent layers; the result does not depend on it.
+    cluster
+        The scheduler of a Dask cluster that does this work instead, such as tcp://host:8786; its
+        workers must see the folder for temporary files (TMPDIR).
     require_fused
         Exit with 3 unless this percentage of the MACs runs in integers, by proof.
     min_sqnr
@@ -159,7 +163,7 @@ def compile_command(
     options = Options(
         passes=passes, targets=target, calib=calib, preprocess=preprocess, state=state, mask=mask,
         shape=shape, tokenizer=tokenizer, tokens=tokens, seed=seed, jobs=jobs,
-        allow_float=allow_float,
+        cluster=cluster, allow_float=allow_float,
         check_numerics=check_numerics, verify=verify, print_after=print_after,
         print_changes=print_changes, snapshots=snapshots, latency=latency,
         measure=measure,
@@ -269,6 +273,7 @@ def pareto_command(
     tokens: int | None = None,
     seed: int = 0,
     jobs: int = 1,
+    cluster: str | None = None,
 ) -> None:
     """Show what a model loses under many budgets, each with the pipeline that makes it.
 
@@ -287,7 +292,7 @@ def pareto_command(
         Target text.
     out
         A file to write: .html (picture, table and pipelines), .png, or .json.
-    preprocess, state, mask, shape, tokenizer, tokens, seed, jobs
+    preprocess, state, mask, shape, tokenizer, tokens, seed, jobs, cluster
         As for compiling.
     """
     wanted = pareto.budgets(budgets)
@@ -296,7 +301,7 @@ def pareto_command(
     options = Options(
         passes=passes, targets=(target,), calib=calib, preprocess=preprocess, state=state,
         mask=mask, shape=shape, tokenizer=tokenizer, tokens=tokens, seed=seed, jobs=jobs,
-        log=_log, progress=_progress,
+        cluster=cluster, log=_log, progress=_progress,
     )  # fmt: skip
     front = pareto.run(model, options, wanted)
     pareto.show(front, _out)

@@ -20,6 +20,7 @@ from qcompile import (
     accuracy,
     capture,
     checkpoints,
+    cluster,
     crash,
     execute,
     folders,
@@ -135,7 +136,7 @@ class Compiler:
         self._part = crash.Part(None, self.text, str(self.targets[0]))
         self._whole = self.passes  # with what a search has put in front of the lowering
         try:
-            with _rare_collections():
+            with _rare_collections(), cluster.spread(self.options.cluster):
                 return self._run(source, out)
         except QCompileError:
             raise

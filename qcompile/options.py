@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-from qcompile import pipeline, registry, syntax
+from qcompile import cluster, pipeline, registry, syntax
 from qcompile.backends.base import Target
 from qcompile.errors import CalibrationError, QCompileError
 from qcompile.texts import Text
@@ -37,6 +37,7 @@ class Options:
       worse than float it may be; layers are given back until it is met (see accuracy, search).
     * ``measure``: time layers on this machine and take the faster decision (``ort-cpu`` only).
     * ``latency``: measure latency against float, interleaved (``ort-cpu`` only).
+    * ``jobs``, ``cluster``: worker processes here, or the address of a Dask scheduler instead.
     * ``requantize``: take the Q/DQ of a model away that is quantized already.
     * ``resume``: keep the state after every pass, and go on from what a killed run left.
     """
@@ -52,6 +53,7 @@ class Options:
     tokens: int | None = None
     seed: int = 0
     jobs: int = 1
+    cluster: str | None = None
     allow_float: bool = False
     require_fused: float | None = None
     min_sqnr: float | None = None
@@ -77,6 +79,8 @@ class Options:
             raise QCompileError(f"--require-fused is a percentage from 0 to 100, got {least:g}")
         if self.jobs < 1:
             raise QCompileError(f"--jobs is a number of processes, from 1; got {self.jobs}")
+        if self.cluster is not None:
+            cluster.check()
         for what in ("state", "mask", "tokenizer"):
             if getattr(self, what) is not None and self.calib is None:
                 raise CalibrationError(f"--{what} says how to read calibration data: give --calib")

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from rich.console import Console
 from rich.table import Table
 
-from qcompile import execute, graph, numerics, pipeline, plotting, report, simulate
+from qcompile import cluster, execute, graph, numerics, pipeline, plotting, report, simulate
 from qcompile.budget import Budget
 from qcompile.candidates import size_of
 from qcompile.compiler import Compiler
@@ -113,7 +113,6 @@ def run(source: Any, options: Options, wanted: Sequence[Budget]) -> Front:
     first, chosen = compiler.passes[: places[0]], compiler.passes[places[0]]
     rest = compiler.passes[places[0] + 1 :]
     assert isinstance(chosen, AssignBits)
-    pipeline.run(model, first, context)
     points: list[Point] = []
     spent, timed = 0.0, any(budget.kind == "latency" for budget in wanted)
     if timed:
@@ -134,10 +133,12 @@ def run(source: Any, options: Options, wanted: Sequence[Budget]) -> Front:
         said = "" if latency is None else f", {latency:.2f} of the latency of float"
         options.log(f"{kind} {budget}: {bits:.2f} bits, {size / 1e6:.2f} MB, {sqnr:.1f} dB{said}")
 
-    for width in reversed(chosen.widths()):
-        point("uniform", f"int{width}", uniform(chosen, width))
-    for budget in wanted:
-        point("assigned", str(budget), dataclasses.replace(chosen, budget=(str(budget),)))
+    with cluster.spread(options.cluster):
+        pipeline.run(model, first, context)
+        for width in reversed(chosen.widths()):
+            point("uniform", f"int{width}", uniform(chosen, width))
+        for budget in wanted:
+            point("assigned", str(budget), dataclasses.replace(chosen, budget=(str(budget),)))
     name = str(source) if isinstance(source, str | pathlib.Path) else type(source).__name__
     return Front(name, str(target), execute.weight_bytes(reference), round(spent, 1), tuple(points))
 
