@@ -69,3 +69,13 @@ def test_quick_claims_of_the_shipped_models_hold(name: str, tmp_path: pathlib.Pa
     content = json.loads(result.read_text())
     assert {row["work"] for row in content["rows"]} == {"CNN", "ViT"}
     assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []
+
+
+def test_spread_quick_claims_hold(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("distributed")
+    script, result = ROOT / "benchmarks" / "spread.py", tmp_path / "spread.json"
+    command = [sys.executable, str(script), "--quick", "--only", "CNN", "--json", str(result)]
+    subprocess.run(command, check=True, capture_output=True)
+    content = json.loads(result.read_text())
+    assert len(content["rows"]) == len(content["claims"]) == 3
+    assert [claim["claim"] for claim in content["claims"] if not claim["holds"]] == []

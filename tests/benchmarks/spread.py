@@ -1,12 +1,14 @@
 """The same search of widths on a Dask cluster of one and of two single-threaded workers.
 
-    python tests/benchmarks/spread.py [--quick] [--only WORD] [--rounds N] [--json FILE]
+    python tests/benchmarks/spread.py [--quick] [--only WORD] [--search WORD] [--rounds N]
+                                      [--json FILE]
 
 Both clusters are processes of this machine. The runs take turns, each with calibration data of its
 own, so that nothing is known from the run before, and *ratio* is the median over the rounds of one
 worker's time to that of two, with a 95 % interval of a bootstrap over rounds. *CPU* are seconds of
-all processes together: what two take more is what spreading costs, and where one worker's is below
-its wall time, other programs had the core. joblib runs the tasks of a single thread in the calling
+all processes together: what two take more is what spreading costs. *Machine* is the same ratio of
+arithmetic that shares nothing, once on one worker and then on both, before each round: 2 if nothing
+else runs. joblib runs the tasks of a single thread in the calling
 process, so that one worker pays nothing for sending. Workers are started without Dask's
 MALLOC_TRIM_THRESHOLD_, which makes the allocator map every large array anew. ``--quick`` takes the
 shipped models and claims no ratio.
@@ -72,6 +74,7 @@ class Row:
     cpu_two: float
     ratio: float
     interval: tuple[float, float]
+    machine: float
     equal: bool
 
 
@@ -94,6 +97,22 @@ def cpu() -> float:
     """Seconds of this process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
+
+
+def arithmetic() -> float:
+    """Work that stays in the cache of its core."""
+    values = np.linspace(0, 1, 10_000)
+    return float(sum(np.sin(values * n).sum() for n in range(10_000)))
+
+
+def possible(client: Any) -> float:
+    """How much more of ``arithmetic`` two workers do in the time of one."""
+    times: list[float] = []
+    for workers in (list(client.scheduler_info()["workers"])[:1], None):
+        started = time.perf_counter()
+        client.run(arithmetic, workers=workers)
+        times.append(time.perf_counter() - started)
+    return 2 * times[0] / times[1]
 
 
 class Bench:
@@ -119,11 +138,14 @@ class Bench:
         return Run(wall, spent, f"{done.counters} {widths}")
 
 
-def measure(work: Work, clients: Sequence[Any], rounds: int) -> list[Row]:
-    """A row for each of SEARCHES."""
+def measure(work: Work, searches: Sequence[str], clients: Sequence[Any], rounds: int) -> list[Row]:
+    """A row for each of ``searches``."""
     bench, rows = Bench(work), list[Row]()
-    for search in SEARCHES:
-        runs = [[bench.run(search, client) for client in clients] for _ in range(rounds)]
+    for search in searches:
+        runs, machine = list[list[Run]](), list[float]()
+        for _ in range(rounds):
+            machine.append(possible(clients[-1]))
+            runs.append([bench.run(search, client) for client in clients])
         ones, twos = zip(*runs, strict=True)
         ratios = np.array([one.wall / two.wall for one, two in runs])
         drawn = np.random.default_rng(0).choice(ratios, (10_000, rounds))
@@ -136,6 +158,7 @@ def measure(work: Work, clients: Sequence[Any], rounds: int) -> list[Row]:
                 statistics.median(run.cpu for run in ones),
                 statistics.median(run.cpu for run in twos),
                 float(np.median(ratios)), (float(low), float(high)),
+                statistics.median(machine),
                 len({run.found for pair in runs for run in pair}) == 1,
             )
         )  # fmt: skip
@@ -159,13 +182,14 @@ def table(rows: Sequence[Row]) -> Table:
     shown = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("model", "search"):
         shown.add_column(column)
-    for column in ("one s", "two s", "CPU one s", "CPU two s", "ratio", "equal"):
+    for column in ("one s", "two s", "CPU one s", "CPU two s", "ratio", "machine", "equal"):
         shown.add_column(column, justify="right")
     for row in rows:
         low, high = row.interval
         shown.add_row(
             row.work, row.search, f"{row.one:.1f}", f"{row.two:.1f}", f"{row.cpu_one:.1f}",
-            f"{row.cpu_two:.1f}", f"{row.ratio:.2f} [{low:.2f}, {high:.2f}]", str(row.equal),
+            f"{row.cpu_two:.1f}", f"{row.ratio:.2f} [{low:.2f}, {high:.2f}]",
+            f"{row.machine:.2f}", str(row.equal),
         )  # fmt: skip
     return shown
 
@@ -174,15 +198,17 @@ def main() -> int:
     """Measure, print, write."""
     parser = common.parser(__doc__, quick="the shipped models only, without a ratio")
     parser.add_argument("--only", help="the models with this word in their names alone")
+    parser.add_argument("--search", help="the searches with this word in their text alone")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each search")
     arguments = parser.parse_args()
     works = SHIPPED if arguments.quick else (LITE0, MINILM)
     word = (arguments.only or "").lower()
     rounds = 1 if arguments.quick else arguments.rounds
+    searches = [search for search in SEARCHES if (arguments.search or "") in search]
     rows: list[Row] = []
     with cluster(1) as one, cluster(2) as two:
         for work in (w for w in works if word in w.name.lower()):
-            rows += measure(work, (one, two), rounds)
+            rows += measure(work, searches, (one, two), rounds)
     said = claims(rows, arguments.quick)
     return common.finish(said, arguments.json, [table(rows)], rows=rows)
 
