@@ -73,6 +73,9 @@ class AssignBits(Pass):
     ``pipeline.txt`` has the one that was made. Targets that do not run here refuse it: without
     their clock there is ``bops``, which is exact.
 
+    Trials of different layers are independent of each other and spread by ``ctx.map``; the rounds
+    of a lazy table follow each other, since each measures what the choice before it rests on.
+
     Raises PassError for a budget that cannot be met, saying the least that is possible.
     """
 
