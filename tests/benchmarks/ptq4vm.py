@@ -59,7 +59,7 @@ SETTINGS = {
     "quantize{weight=int4 input=int4 method=mse symmetric=true ends=int8}",
 }
 FIT = "reconstruct{{steps={0} batch=2 rate=0.1 range-rate=0.01 samples={1}}}"
-AFFINE = "calibrate-affine{{steps={0} batch=2 rate={1:g} samples={2}{3}}}"
+AFFINE = "calibrate-affine{{steps={0} batch=4 rate={1:g} samples={2}{3}}}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +67,16 @@ class Effort:
     """Steps of Adam of both fits, and how many calibration samples they use."""
 
     fit: int = 40
-    affine: int = 25
+    affine: int = 150
     samples: int = 64
 
     def reconstruct(self) -> str:
         """The pass."""
         return FIT.format(self.fit, self.samples)
 
-    def calibrate(self, options: str = "", rate: float = 0.001) -> str:
+    def calibrate(self, options: str = "", rate: float = 0.0003) -> str:
         """The pass ``calibrate-affine``."""
-        return AFFINE.format(self.affine, rate, self.samples, options and f" {options}")
+        return AFFINE.format(self.affine, rate, 2 * self.samples, options and f" {options}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +97,8 @@ def variants(effort: Effort) -> list[Variant]:
         Variant("nearest", "", "", tuple(SETTINGS)),
         Variant("gptq", "nearest", "gptq", narrow),
         Variant("gptaq", "nearest", "gptaq", narrow),
-        Variant("nearest + ranges alone", "nearest", affine("gains=none", 0.01), ("W4A4",)),
-        Variant("nearest + GAC", "nearest", affine("", 0.01), ("W4A4",)),
+        Variant("nearest + ranges alone", "nearest", affine("gains=none", 0.003), ("W4A4",)),
+        Variant("nearest + GAC", "nearest", affine("", 0.003), ("W4A4",)),
         Variant("reconstruct", "nearest", effort.reconstruct(), all_four),
         Variant("+ ranges alone", "reconstruct", affine("gains=none"), ("W4A4",)),
         Variant("+ GAC", "reconstruct", affine(), narrow),
