@@ -31,7 +31,6 @@ class Calibrate(Pass):
       the magnitude where the quantized histogram diverges least from the true one (``entropy``).
     * ``percentile``: above 50, up to 100; of ``method=percentile``.
     * ``bits``: of the grid of ``mse``, ``pnorm`` and ``entropy``, over a histogram of 2048 bins.
-    * ``samples``: how many samples a histogram counts at most; its bins span the extremes of all.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -42,19 +41,17 @@ class Calibrate(Pass):
     method: ActivationMethod = "minmax"
     percentile: float = 99.99
     bits: int = 8
-    samples: int = 128
 
     def __post_init__(self) -> None:
         if not 50.0 < self.percentile <= 100.0:
             raise PassError(f"percentile must lie between 50 and 100, got {self.percentile:g}")
         if not 2 <= self.bits <= 8:
             raise PassError(f"bits must be 2 to 8, got {self.bits}")
-        self.starts_at(1, "samples")
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         values = calibrate.quantizable_values(model)
         observer = "minmax" if self.method == "minmax" else "histogram"
-        found = ctx.data().stats(model, values, observer, self.samples)
+        found = ctx.data().stats(model, values, observer)
         form = IntFormat(self.bits, signed=False)
         by_name = {
             v.name: v for v in (*model.graph.inputs, *(o for n in model.graph for o in n.outputs))

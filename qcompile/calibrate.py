@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast
@@ -21,6 +22,7 @@ import onnx_ir as ir
 from qcompile import execute, extremes, graph, halves, patches, ports, sequences
 from qcompile.errors import CalibrationError
 from qcompile.graph import Layer
+from qcompile.histograms import Counter, Histogram
 from qcompile.sequences import Sample, Samples, State
 from qcompile.sources import Data
 
@@ -32,9 +34,8 @@ Observer = Literal["minmax", "histogram", "moments"]
 JUDGES = 16
 # At most about this many samples decide whether a fit is kept.
 APART = 32
-BINS = 2048
-# Numbers that are counted at once: what is made of them stays in the cache.
-_PART = 1 << 16
+# About this many numbers of a value are counted in all. A tail of 1e-5 is then 20 of them.
+COUNTED = 1 << 30
 # A gram of this many columns takes half a GiB.
 LARGEST_GRAM = 8192
 # Rows, or numbers in all groups, that are multiplied at once: a product of fewer rows takes no less
@@ -53,14 +54,6 @@ class MinMax:
 
     low: float
     high: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Histogram:
-    """Counts [BINS] between ``edges`` [BINS + 1], which span the extremes."""
-
-    counts: npt.NDArray[np.int64]
-    edges: npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +129,7 @@ class Calibration:
         self._progress = progress
         self._cache: dict[tuple[str, str], Statistic] = {}
         self._grams: dict[tuple[str, str], Gram] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._once: dict[str, Any] = {}
 
     @property
@@ -164,29 +158,21 @@ class Calibration:
         return cast("T", self._once[key])
 
     def stats(
-        self,
-        model: ir.Model,
-        values: Sequence[str],
-        observer: Observer,
-        samples: int | None = None,
+        self, model: ir.Model, values: Sequence[str], observer: Observer
     ) -> dict[str, Statistic]:
         """The statistic of each of ``values`` (names of floats of the main graph of ``model``).
 
-        Of at most ``samples`` samples, if given, for histograms alone: their edges, and the other
-        statistics, are those of all.
+        A histogram has the extremes of all numbers for its ends, and counts about COUNTED of them,
+        spread evenly over all samples.
 
         Raises CalibrationError, naming value and sample, if one is NaN or infinite.
         """
         keys = content_keys(model, self.state)
-        taken, kind = self.samples, str(observer)
-        if observer == "histogram" and samples is not None:
-            taken = self.samples.some(samples)
-            kind = f"{observer} {len(taken)}"
-        missing = [v for v in values if (keys[v], kind) not in self._cache]
+        missing = [v for v in values if (keys[v], observer) not in self._cache]
         if missing:
-            for name, found in self._sweep(model, missing, observer, taken).items():
-                self._cache[keys[name], kind] = found
-        return {v: self._cache[keys[v], kind] for v in values}
+            for name, found in self._sweep(model, missing, observer).items():
+                self._cache[keys[name], observer] = found
+        return {v: self._cache[keys[v], observer] for v in values}
 
     def grams(
         self,
@@ -250,38 +236,53 @@ class Calibration:
 
     def shapes(self, model: ir.Model) -> dict[str, tuple[int, ...]]:
         """The shape of every value of the main graph for the first sample."""
+        keys = content_keys(model, self.state)
         names = [v.name or "" for node in model.graph for v in node.outputs if v.name]
-        results = execute.Session(execute.fetch(model, names), optimize=False).run(self.samples[0])
-        found = {name: tuple(np.shape(array)) for name, array in results.items()}
+        missing = [name for name in names if keys[name] not in self._shapes]
+        if missing:
+            session = execute.Session(execute.fetch(model, missing), optimize=False)
+            for name, array in session.run(self.samples[0]).items():
+                self._shapes[keys[name]] = tuple(np.shape(array))
+        found = {name: self._shapes[keys[name]] for name in names}
         return found | {n: tuple(a.shape) for n, a in self.samples[0].items()}
 
     # -- sweeps ---------------------------------------------------------------------------------
 
     def _sweep(
-        self, model: ir.Model, values: Sequence[str], observer: Observer, samples: Samples
+        self, model: ir.Model, values: Sequence[str], observer: Observer
     ) -> dict[str, Statistic]:
         model = halves.rounded(model)
-        if observer == "minmax":
-            return dict(self._extremes(model, values))
         if observer == "moments":
             return dict(self._moments(model, values))
-        ranges = cast("dict[str, MinMax]", self.stats(model, values, "minmax"))
-        return dict(self._histograms(model, ranges, samples))
+        counters = {v: Counter() for v in values} if observer == "histogram" else {}
+        ranges = self._extremes(model, values, counters)
+        if not counters:
+            return dict(ranges)
+        return {v: counters[v].histogram(ends.low, ends.high) for v, ends in ranges.items()}
 
-    def _extremes(self, model: ir.Model, values: Sequence[str]) -> dict[str, MinMax]:
+    def _extremes(
+        self, model: ir.Model, values: Sequence[str], counters: Mapping[str, Counter]
+    ) -> dict[str, MinMax]:
+        """The extremes of ``values``; ``counters`` count some of the numbers of theirs."""
         lined = ports.lined_up(model, self.mask) if self.mask else ()
         # Under a mask a value counts where another, that it is moved from, may not.
         cut = {v: extremes.Cut(v) for v in values} if self.mask else extremes.cuts(model, values)
         roots = list(dict.fromkeys(cut[v].root for v in values))
-        reduced, answers = extremes.reduced(model, roots, self.state, self.mask, lined)
-        session = execute.Session(reduced)
+        reduced = extremes.Reduced(model, [*roots, *counters], self.state, self.mask, lined)
+        answers = [reduced.extremes(root) for root in roots]
+        shapes = self.shapes(model) if counters else {}
+        enough = -(-COUNTED // len(self.samples))
+        some = {reduced.some(v, shapes[v], enough): counter for v, counter in counters.items()}
+        named = [*itertools.chain(*answers), *some]
+        session = execute.Session(reduced.finish(named))
         low = np.full(len(roots), np.inf)
         high = np.full(len(roots), -np.inf)
-        runs = sequences.carry(session, self._swept("ranges", self.samples), self.state, answers)
+        runs = sequences.carry(session, self._swept("ranges", self.samples), self.state, named)
         for number, (feeds, results) in enumerate(runs):
             self._counted(feeds, self.samples.where(number))
-            numbers = map(float, results.values())  # one by one is faster than an array of arrays
-            rows = np.fromiter(numbers, np.float64, len(results)).reshape(-1, 3)
+            # One by one is faster than an array of arrays.
+            ends_and_sums = (float(results[name]) for names in answers for name in names)
+            rows = np.fromiter(ends_and_sums, np.float64, 3 * len(roots)).reshape(-1, 3)
             read, nans = rows[:, :2], np.isnan(rows[:, 2])
             for index in map(int, np.flatnonzero(nans | ~np.isfinite(read).all(axis=1))):
                 ends = tuple(map(float, read[index]))
@@ -290,6 +291,9 @@ class Calibration:
                 if not sound and ends != (math.inf, -math.inf):
                     raise _not_finite(roots[index], self.samples.where(number))
             low, high = np.minimum(low, read[:, 0]), np.maximum(high, read[:, 1])
+            for name, counter in some.items():
+                numbers = results[name]
+                counter.add(numbers if self.mask is None else numbers[~np.isnan(numbers)])
         place = {root: i for i, root in enumerate(roots)}
         found: dict[str, MinMax] = {}
         for value in values:
@@ -306,22 +310,6 @@ class Calibration:
         if counted is not None and value in ports.lined_up(model, self.mask or ""):
             array = array[counted]
         return bool(np.isfinite(array).all())
-
-    def _histograms(
-        self, model: ir.Model, ranges: Mapping[str, MinMax], samples: Samples
-    ) -> dict[str, Histogram]:
-        edges = {v: _edges(r) for v, r in ranges.items()}
-        counts = {v: np.zeros(BINS, np.int64) for v in ranges}
-        for _, name, array in self._observed(model, list(ranges), "histograms", samples):
-            low, high = edges[name][0], edges[name][-1]
-            numbers = array.ravel()
-            for first in range(0, numbers.size, _PART):
-                place = numbers[first : first + _PART].astype(np.float64)
-                place -= low
-                place *= BINS / (high - low)
-                np.clip(place, 0, BINS - 1, out=place)
-                counts[name] += np.bincount(place.astype(np.int64), minlength=BINS)
-        return {v: Histogram(counts[v], edges[v]) for v in ranges}
 
     def moments(
         self, model: ir.Model, axes: Mapping[str, int], samples: int | None = None
@@ -430,12 +418,6 @@ class Calibration:
 
 def _not_finite(value: str, where: str) -> CalibrationError:
     return CalibrationError(f"value {value!r} has NaN or infinity for {where}")
-
-
-def _edges(extremes: MinMax) -> npt.NDArray[np.float64]:
-    """The edges of the bins between two extremes, apart from each other if those are equal."""
-    least = 1e-6 * max(abs(extremes.low), abs(extremes.high), 1e-24)
-    return np.linspace(extremes.low, max(extremes.high, extremes.low + least), BINS + 1)
 
 
 def _merge(before: Moments | None, rows: npt.NDArray[np.float64]) -> Moments:

@@ -74,43 +74,110 @@ def _cut(node: ir.Node) -> list[tuple[float, float]] | None:
     return [(ends[0], ends[1])] if ends[0] <= ends[1] else None
 
 
-def reduced(
-    model: ir.Model, values: Sequence[str], state: State, mask: str | None, lined: Collection[str]
-) -> tuple[ir.Model, list[str]]:
-    """A clone of ``model`` that computes the extremes of ``values``, and the names of its answers.
+class Reduced:
+    """A clone of ``model`` that computes extremes of ``values``, and gives some of their numbers.
 
-    Three scalars a value: minimum, maximum and sum, which is NaN if an element is, and where it
-    overflows in both directions. Of the values ``lined`` the positions where the input ``mask`` is
-    0 do not count. The minimum of what a Relu, or a Clip from zero, wrote is not looked for: it
-    counts as zero, which every grid holds.
+    Of the values ``lined`` the positions where the input ``mask`` is 0 do not count.
     """
-    clone = sequences.fetch(model, values, state)
-    by_name = {v.name or "": v for v in clone.graph.outputs}
-    given = [by_name[name] for name in dict.fromkeys(state.values())]
-    counts: ir.Value | None = None
-    if mask is not None:
-        entered = next(v for v in clone.graph.inputs if v.name == mask)
-        counts = _add(clone, "Cast", [entered], ir.DataType.BOOL, to=int(ir.DataType.BOOL))
-    answers: list[ir.Value] = []
-    for name in values:
+
+    def __init__(
+        self,
+        model: ir.Model,
+        values: Sequence[str],
+        state: State,
+        mask: str | None,
+        lined: Collection[str],
+    ) -> None:
+        self._model = sequences.fetch(model, values, state)
+        self._by_name = {v.name or "": v for v in self._model.graph.outputs}
+        self._given = [self._by_name[name] for name in dict.fromkeys(state.values())]
+        self._lined = lined
+        self._counts: ir.Value | None = None
+        if mask is not None:
+            entered = next(v for v in self._model.graph.inputs if v.name == mask)
+            kind = ir.DataType.BOOL
+            self._counts = _add(self._model, "Cast", [entered], kind, to=int(kind))
+
+    def extremes(self, name: str) -> tuple[str, str, str]:
+        """What will hold the minimum, maximum and sum of the value ``name``, a scalar each.
+
+        The sum is NaN if an element is, and where it overflows in both directions. The minimum of
+        what a Relu, or a Clip from zero, wrote is not looked for: it counts as zero, which every
+        grid holds.
+        """
+        model, value = self._model, self._by_name[name]
+        above_zero = _above_zero(value)
+        found: list[str] = []
         for kind, padding in _PADDING.items():
-            read = by_name[name]
-            above_zero = _above_zero(read)
+            read = self._kept(value, padding)
             if kind == "ReduceMin" and above_zero:
-                answers.append(_constant(clone, np.zeros((), np.float32), ir.DataType.FLOAT))
+                nothing = _constant(model, np.zeros((), np.float32), ir.DataType.FLOAT)
+                found.append(nothing.name or "")
                 continue
-            if counts is not None and name in lined:
-                read = _kept(clone, read, counts, padding)
-            elif kind == "ReduceSum" or (kind == "ReduceMax" and above_zero):
-                read = _pooled(clone, read, kind)
+            if read is value and (kind == "ReduceSum" or (kind == "ReduceMax" and above_zero)):
+                read = _pooled(model, read, kind)
             if kind == "ReduceSum" and read.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
                 # Sums of shorter floats overflow.
-                read = _add(clone, "Cast", [read], ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
-            answers.append(_add(clone, kind, [read], read.dtype, keepdims=0))
-            answers[-1].shape = ir.Shape(())
-    clone.graph.outputs.clear()
-    clone.graph.outputs.extend([*given, *answers])
-    return clone, [answer.name or "" for answer in answers]
+                read = _add(model, "Cast", [read], ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
+            answer = _add(model, kind, [read], read.dtype, keepdims=0)
+            answer.shape = ir.Shape(())
+            found.append(answer.name or "")
+        low, high, total = found
+        return low, high, total
+
+    def some(self, name: str, shape: Sequence[int], enough: int) -> str:
+        """What will hold numbers of the value ``name``: all, or at least ``enough`` of more.
+
+        Of a picture every k-th pixel of every k-th row, of all else every k-th number, with ``k``
+        by ``shape``, that of a sample. Positions that do not count give NaN.
+        """
+        model, whole = self._model, self._by_name[name]
+        value, size = self._kept(whole, np.nan), math.prod(shape)
+        if len(shape) == 4 and value is whole and value.dtype == ir.DataType.FLOAT:
+            # Odd, since what upsamples by two treats even and odd rows in two ways. The runtime
+            # pools what a Conv writes as that left it; any other look has it laid out anew.
+            odd = range(3, max(shape[2:]) + 1, 2)
+            step = max((k for k in odd if _pixels(shape, k) >= enough), default=1)
+            if step > 1:
+                value = _add(
+                    model, "MaxPool", [value], value.dtype,
+                    kernel_shape=[1, 1], strides=[step, step],
+                )  # fmt: skip
+        else:
+            # Prime to all sizes, so that no channel is passed over.
+            steps = range(max(size // enough, 1), 0, -1)
+            step = next(k for k in steps if math.gcd(k, size) == 1)
+            value = _every(model, value, step) if step > 1 else value
+        # A name of its own: what is fetched whole may be an output of the model.
+        return _add(model, "Identity", [value], value.dtype).name or ""
+
+    def finish(self, names: Sequence[str]) -> ir.Model:
+        """The model whose outputs are ``names``, and those that a state needs."""
+        made = {v.name: v for node in self._model.graph for v in node.outputs}
+        self._model.graph.outputs.clear()
+        self._model.graph.outputs.extend([*self._given, *(made[name] for name in names)])
+        return self._model
+
+    def _kept(self, value: ir.Value, padding: float) -> ir.Value:
+        """``value`` where it counts, else ``padding``."""
+        if self._counts is None or value.name not in self._lined:
+            return value
+        return _kept(self._model, value, self._counts, padding)
+
+
+def _pixels(shape: Sequence[int], step: int) -> int:
+    """How many numbers every ``step``-th pixel of every ``step``-th row holds."""
+    return math.prod([*shape[:2], *(-(-size // step) for size in shape[2:])])
+
+
+def _every(model: ir.Model, value: ir.Value, step: int) -> ir.Value:
+    """Every ``step``-th number of ``value``."""
+    whole, first, last, each = (
+        _constant(model, np.array([number]), ir.DataType.INT64)
+        for number in (-1, 0, np.iinfo(np.int64).max, step)
+    )
+    row = _add(model, "Reshape", [value, whole], value.dtype)
+    return _add(model, "Slice", [row, first, last, first, each], value.dtype)
 
 
 def _above_zero(value: ir.Value) -> bool:

@@ -21,6 +21,7 @@ from qcompile import (
     calibrate,
     execute,
     graph,
+    histograms,
     numerics,
     patches,
     pipeline,
@@ -31,8 +32,9 @@ from qcompile import (
     sources,
 )  # fmt: skip
 from qcompile.backends.onnxruntime import OrtCpu
-from qcompile.calibrate import Calibration, Histogram, MinMax, Moments
+from qcompile.calibrate import Calibration, MinMax, Moments
 from qcompile.errors import CalibrationError
+from qcompile.histograms import Histogram
 from qcompile.sequences import Sample, Samples
 from qcompile.sources import Data
 
@@ -129,7 +131,7 @@ def test_a_histogram_counts_every_element_between_the_extremes(value: str) -> No
     assert isinstance(found, Histogram)
     numbers = np.concatenate([a.ravel() for a in every(model, calibration, value)])
     assert found.counts.sum() == numbers.size
-    assert len(found.counts) == calibrate.BINS == len(found.edges) - 1
+    assert len(found.counts) == histograms.BINS == len(found.edges) - 1
     wanted, _ = np.histogram(numbers.astype(np.float64), found.edges)
     # A number within rounding of an edge may fall on either side of it.
     assert np.abs(np.cumsum(found.counts) - np.cumsum(wanted)).max() <= 1
