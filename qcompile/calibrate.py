@@ -34,8 +34,10 @@ Observer = Literal["minmax", "histogram", "moments"]
 JUDGES = 16
 # At most about this many samples decide whether a fit is kept.
 APART = 32
-# About this many numbers of a value are counted in all. A tail of 1e-5 is then 20 of them.
-COUNTED = 1 << 30
+# A histogram counts at least this many numbers of a picture, of all samples alike, if it has them;
+# 1e-5 of them are 40. What is no picture has its few large numbers at few places, and is counted
+# whole, of about this many samples.
+COUNTED, WHOLE = 1 << 22, 128
 # A gram of this many columns takes half a GiB.
 LARGEST_GRAM = 8192
 # Rows, or numbers in all groups, that are multiplied at once: a product of fewer rows takes no less
@@ -162,8 +164,8 @@ class Calibration:
     ) -> dict[str, Statistic]:
         """The statistic of each of ``values`` (names of floats of the main graph of ``model``).
 
-        A histogram has the extremes of all numbers for its ends, and counts about COUNTED of them,
-        spread evenly over all samples.
+        A histogram has the extremes of all samples for its ends. It counts about COUNTED numbers of
+        a picture, and all numbers of other values, those of about WHOLE samples.
 
         Raises CalibrationError, naming value and sample, if one is NaN or infinite.
         """
@@ -270,11 +272,8 @@ class Calibration:
         roots = list(dict.fromkeys(cut[v].root for v in values))
         reduced = extremes.Reduced(model, [*roots, *counters], self.state, self.mask, lined)
         answers = [reduced.extremes(root) for root in roots]
-        shapes = self.shapes(model) if counters else {}
-        enough = -(-COUNTED // len(self.samples))
-        some = {reduced.some(v, shapes[v], enough): counter for v, counter in counters.items()}
-        named = [*itertools.chain(*answers), *some]
-        session = execute.Session(reduced.finish(named))
+        named = [*itertools.chain(*answers)]
+        session = self._counting(model, reduced, named, counters)
         low = np.full(len(roots), np.inf)
         high = np.full(len(roots), -np.inf)
         runs = sequences.carry(session, self._swept("ranges", self.samples), self.state, named)
@@ -291,9 +290,6 @@ class Calibration:
                 if not sound and ends != (math.inf, -math.inf):
                     raise _not_finite(roots[index], self.samples.where(number))
             low, high = np.minimum(low, read[:, 0]), np.maximum(high, read[:, 1])
-            for name, counter in some.items():
-                numbers = results[name]
-                counter.add(numbers if self.mask is None else numbers[~np.isnan(numbers)])
         place = {root: i for i, root in enumerate(roots)}
         found: dict[str, MinMax] = {}
         for value in values:
@@ -302,6 +298,27 @@ class Calibration:
             # Of what was always empty the least is above the largest.
             found[value] = MinMax(*ends) if ends[0] <= ends[1] else MinMax(0.0, 0.0)
         return found
+
+    def _counting(
+        self,
+        model: ir.Model,
+        reduced: extremes.Reduced,
+        named: Sequence[str],
+        counters: Mapping[str, Counter],
+    ) -> _Counting:
+        """What runs ``reduced`` for the outputs ``named``, and counts on its way."""
+        shapes = self.shapes(model) if counters else {}
+        enough = -(-COUNTED // len(self.samples))
+        pixels: dict[str, Counter] = {}
+        whole: dict[str, Counter] = {}
+        for value, counter in counters.items():
+            some = reduced.pixels(value, shapes[value], enough)
+            if some is None:
+                whole[reduced.whole(value)] = counter
+            else:
+                pixels[some] = counter
+        every = max(1, len(self.samples) // WHOLE) if whole else len(self.samples)
+        return _Counting(reduced, [*named, *self.state.values()], pixels, whole, every)
 
     def _finite(self, model: ir.Model, value: str, feeds: Sample) -> bool:
         """Whether all elements of ``value`` that count are finite."""
@@ -414,6 +431,39 @@ class Calibration:
 
     def _swept(self, label: str, samples: Samples) -> Iterable[Sample]:
         return self._progress(samples, label) if self._progress else samples
+
+
+class _Counting:
+    """Runs samples through ``reduced``, and counts values on the way.
+
+    Those of ``pixels`` of all samples, those of ``whole`` of every ``every``-th one.
+    """
+
+    def __init__(
+        self,
+        reduced: extremes.Reduced,
+        named: Sequence[str],
+        pixels: Mapping[str, Counter],
+        whole: Mapping[str, Counter],
+        every: int,
+    ) -> None:
+        self.outputs = tuple(dict.fromkeys(named))
+        self._pixels, self._all, self._every = pixels, {**pixels, **whole}, every
+        self._more = execute.Session(reduced.giving([*self.outputs, *self._all]))
+        fewer = [*self.outputs, *pixels]
+        self._fewer = execute.Session(reduced.giving(fewer)) if whole and every > 1 else self._more
+        self._done = 0
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Sample:
+        """The values of ``outputs`` for ``feeds``."""
+        more = self._done % self._every == 0
+        self._done += 1
+        counters = self._all if more else self._pixels
+        names = self.outputs if outputs is None else outputs
+        results = (self._more if more else self._fewer).run(feeds, [*names, *counters])
+        for name, counter in counters.items():
+            counter.add(results[name])
+        return {name: results[name] for name in names}
 
 
 def _not_finite(value: str, where: str) -> CalibrationError:

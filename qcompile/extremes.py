@@ -125,42 +125,42 @@ class Reduced:
         low, high, total = found
         return low, high, total
 
-    def some(self, name: str, shape: Sequence[int], enough: int) -> str:
-        """What will hold numbers of the value ``name``: all, or at least ``enough`` of more.
+    def whole(self, name: str) -> str:
+        """What will hold the value ``name``, with NaN where it does not count."""
+        value = self._kept(self._by_name[name], np.nan)
+        # A name of its own: the value may be an output for a state as well.
+        return _add(self._model, "Identity", [value], value.dtype).name or ""
 
-        Of a picture every k-th pixel of every k-th row, of all else every k-th number, with ``k``
-        by ``shape``, that of a sample. Positions that do not count give NaN.
+    def pixels(self, name: str, shape: Sequence[int], enough: int) -> str | None:
+        """What will hold every k-th pixel of every k-th row of the picture ``name``.
+
+        ``k`` is the largest odd one that leaves ``enough`` numbers of ``shape``, that of a sample:
+        odd, since what upsamples by two treats even and odd rows in two ways. None of what is no
+        picture, or where some positions do not count.
         """
-        model, whole = self._model, self._by_name[name]
-        value, size = self._kept(whole, np.nan), math.prod(shape)
-        if len(shape) == 4 and value is whole and value.dtype == ir.DataType.FLOAT:
-            # Odd, since what upsamples by two treats even and odd rows in two ways. The runtime
-            # pools what a Conv writes as that left it; any other look has it laid out anew.
-            odd = range(3, max(shape[2:]) + 1, 2)
-            step = max((k for k in odd if _pixels(shape, k) >= enough), default=1)
-            if step > 1:
-                value = _add(
-                    model, "MaxPool", [value], value.dtype,
-                    kernel_shape=[1, 1], strides=[step, step],
-                )  # fmt: skip
-        else:
-            # Prime to all sizes, so that no channel is passed over.
-            steps = range(max(size // enough, 1), 0, -1)
-            step = next(k for k in steps if math.gcd(k, size) == 1)
-            value = _every(model, value, step) if step > 1 else value
-        # A name of its own: what is fetched whole may be an output of the model.
-        return _add(model, "Identity", [value], value.dtype).name or ""
+        value = self._by_name[name]
+        if len(shape) != 4 or value.dtype != ir.DataType.FLOAT or self._is_lined(value):
+            return None
+        odd = range(1, max(shape[2:]) + 1, 2)
+        step = max((k for k in odd if _pixels(shape, k) >= enough), default=1)
+        # The runtime pools what a Conv writes as that left it; any other look has it laid out anew.
+        sizes = {"kernel_shape": [1, 1], "strides": [step, step]}
+        return _add(self._model, "MaxPool", [value], value.dtype, **sizes).name
 
-    def finish(self, names: Sequence[str]) -> ir.Model:
-        """The model whose outputs are ``names``, and those that a state needs."""
+    def giving(self, names: Sequence[str]) -> ir.Model:
+        """The model, with the outputs ``names``."""
         made = {v.name: v for node in self._model.graph for v in node.outputs}
+        made |= {v.name: v for v in self._given}
         self._model.graph.outputs.clear()
-        self._model.graph.outputs.extend([*self._given, *(made[name] for name in names)])
+        self._model.graph.outputs.extend(made[name] for name in names)
         return self._model
+
+    def _is_lined(self, value: ir.Value) -> bool:
+        return self._counts is not None and value.name in self._lined
 
     def _kept(self, value: ir.Value, padding: float) -> ir.Value:
         """``value`` where it counts, else ``padding``."""
-        if self._counts is None or value.name not in self._lined:
+        if self._counts is None or not self._is_lined(value):
             return value
         return _kept(self._model, value, self._counts, padding)
 
@@ -168,16 +168,6 @@ class Reduced:
 def _pixels(shape: Sequence[int], step: int) -> int:
     """How many numbers every ``step``-th pixel of every ``step``-th row holds."""
     return math.prod([*shape[:2], *(-(-size // step) for size in shape[2:])])
-
-
-def _every(model: ir.Model, value: ir.Value, step: int) -> ir.Value:
-    """Every ``step``-th number of ``value``."""
-    whole, first, last, each = (
-        _constant(model, np.array([number]), ir.DataType.INT64)
-        for number in (-1, 0, np.iinfo(np.int64).max, step)
-    )
-    row = _add(model, "Reshape", [value, whole], value.dtype)
-    return _add(model, "Slice", [row, first, last, first, each], value.dtype)
 
 
 def _above_zero(value: ir.Value) -> bool:

@@ -33,8 +33,8 @@ class Counter:
         self._counts = np.zeros(_FINE, np.int64)
 
     def add(self, numbers: npt.NDArray[Any]) -> None:
-        """Count ``numbers``, all finite."""
-        self._waiting.append(numbers.reshape(-1))
+        """Count those of ``numbers`` that are finite."""
+        self._waiting.append(numbers[np.isfinite(numbers)])
         self._count += numbers.size
         if self._count >= _PART:
             self._empty()
@@ -57,6 +57,8 @@ class Counter:
         numbers = np.concatenate(self._waiting)
         self._waiting.clear()
         self._count = 0
+        if not numbers.size:
+            return
         self._hold(float(numbers.min()), float(numbers.max()))
         for first in range(0, numbers.size, _PART):
             part = numbers[first : first + _PART].astype(np.float64)
