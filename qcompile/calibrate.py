@@ -317,7 +317,7 @@ class Calibration:
                 whole[reduced.whole(value)] = counter
             else:
                 pixels[some] = counter
-        every = max(1, len(self.samples) // WHOLE) if whole else len(self.samples)
+        every = -(-len(self.samples) // WHOLE)
         return _Counting(reduced, [*named, *self.state.values()], pixels, whole, every)
 
     def _finite(self, model: ir.Model, value: str, feeds: Sample) -> bool:

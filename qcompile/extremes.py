@@ -92,6 +92,7 @@ class Reduced:
         self._by_name = {v.name or "": v for v in self._model.graph.outputs}
         self._given = [self._by_name[name] for name in dict.fromkeys(state.values())]
         self._lined = lined
+        self._pictures = _pictures(self._model)
         self._counts: ir.Value | None = None
         if mask is not None:
             entered = next(v for v in self._model.graph.inputs if v.name == mask)
@@ -134,15 +135,17 @@ class Reduced:
     def pixels(self, name: str, shape: Sequence[int], enough: int) -> str | None:
         """What will hold every k-th pixel of every k-th row of the picture ``name``.
 
-        ``k`` is the largest odd one that leaves ``enough`` numbers of ``shape``, that of a sample:
-        odd, since what upsamples by two treats even and odd rows in two ways. None of what is no
-        picture, or where some positions do not count.
+        ``k`` is odd, since what upsamples by two treats even and odd rows in two ways, and leaves
+        ``enough`` numbers of ``shape``, that of a sample, as nearly as it can. None of what is no
+        picture: those are what a Conv or a pool writes, and what is computed of it pixel by pixel.
         """
         value = self._by_name[name]
-        if len(shape) != 4 or value.dtype != ir.DataType.FLOAT or self._is_lined(value):
+        if value not in self._pictures or len(shape) != 4 or value.dtype != ir.DataType.FLOAT:
             return None
-        odd = range(1, max(shape[2:]) + 1, 2)
-        step = max((k for k in odd if _pixels(shape, k) >= enough), default=1)
+        odd = range(1, max(shape[2:]) + 2, 2)
+        step = min(odd, key=lambda k: abs(math.log(max(_pixels(shape, k), 1) / enough)))
+        if step == 1:
+            return _add(self._model, "Identity", [value], value.dtype).name
         # The runtime pools what a Conv writes as that left it; any other look has it laid out anew.
         sizes = {"kernel_shape": [1, 1], "strides": [step, step]}
         return _add(self._model, "MaxPool", [value], value.dtype, **sizes).name
@@ -155,14 +158,35 @@ class Reduced:
         self._model.graph.outputs.extend(made[name] for name in names)
         return self._model
 
-    def _is_lined(self, value: ir.Value) -> bool:
-        return self._counts is not None and value.name in self._lined
-
     def _kept(self, value: ir.Value, padding: float) -> ir.Value:
         """``value`` where it counts, else ``padding``."""
-        if self._counts is None or not self._is_lined(value):
+        if self._counts is None or value.name not in self._lined:
             return value
         return _kept(self._model, value, self._counts, padding)
+
+
+_OF_PIXELS = frozenset(
+    (
+        "Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "Resize",
+        "BatchNormalization", "InstanceNormalization",
+    )
+)  # fmt: skip
+_BY_PIXEL = frozenset(
+    (
+        "Relu", "LeakyRelu", "PRelu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Gelu",
+        "Add", "Sub", "Mul", "Div", "Concat", "Pad",
+    )
+)  # fmt: skip
+
+
+def _pictures(model: ir.Model) -> set[ir.Value]:
+    """What a Conv or a pool writes, and what is computed of it pixel by pixel."""
+    found: set[ir.Value] = set()
+    for node in model.graph:
+        read = any(value in found for value in node.inputs if value is not None)
+        if node.op_type in _OF_PIXELS or (read and node.op_type in _BY_PIXEL):
+            found.update(node.outputs)
+    return found
 
 
 def _pixels(shape: Sequence[int], step: int) -> int:
