@@ -272,16 +272,13 @@ class Calibration:
         roots = list(dict.fromkeys(cut[v].root for v in values))
         reduced = extremes.Reduced(model, [*roots, *counters], self.state, self.mask, lined)
         answers = [reduced.extremes(root) for root in roots]
-        named = [*itertools.chain(*answers)]
-        session = self._counting(model, reduced, named, counters)
         low = np.full(len(roots), np.inf)
         high = np.full(len(roots), -np.inf)
-        runs = sequences.carry(session, self._swept("ranges", self.samples), self.state, named)
-        for number, (feeds, results) in enumerate(runs):
+        for number, feeds, results in self._counting(model, reduced, answers, counters):
             self._counted(feeds, self.samples.where(number))
             # One by one is faster than an array of arrays.
-            ends_and_sums = (float(results[name]) for names in answers for name in names)
-            rows = np.fromiter(ends_and_sums, np.float64, 3 * len(roots)).reshape(-1, 3)
+            scalars = (float(results[name]) for names in answers for name in names)
+            rows = np.fromiter(scalars, np.float64, 3 * len(roots)).reshape(-1, 3)
             read, nans = rows[:, :2], np.isnan(rows[:, 2])
             for index in map(int, np.flatnonzero(nans | ~np.isfinite(read).all(axis=1))):
                 ends = tuple(map(float, read[index]))
@@ -303,10 +300,10 @@ class Calibration:
         self,
         model: ir.Model,
         reduced: extremes.Reduced,
-        named: Sequence[str],
+        answers: Iterable[Sequence[str]],
         counters: Mapping[str, Counter],
-    ) -> _Counting:
-        """What runs ``reduced`` for the outputs ``named``, and counts on its way."""
+    ) -> Iterator[tuple[int, Sample, Sample]]:
+        """Run all samples and count values on the way: number, feeds and ``answers`` of each."""
         shapes = self.shapes(model) if counters else {}
         enough = -(-COUNTED // len(self.samples))
         pixels: dict[str, Counter] = {}
@@ -317,8 +314,19 @@ class Calibration:
                 whole[reduced.whole(value)] = counter
             else:
                 pixels[some] = counter
-        every = -(-len(self.samples) // WHOLE)
-        return _Counting(reduced, [*named, *self.state.values()], pixels, whole, every)
+        taken, others = self.samples.parted(WHOLE if whole else len(self.samples))
+        # One session after the other: each takes memory of its own.
+        for numbers, counted in ((taken, {**pixels, **whole}), (others, pixels)):
+            if not numbers:
+                continue
+            named = [*dict.fromkeys([*itertools.chain(*answers), *counted, *self.state.values()])]
+            session = execute.Session(reduced.giving(named))
+            samples = (self.samples[number] for number in self._swept("ranges", numbers))
+            runs = sequences.carry(session, samples, self.state, named)
+            for number, (feeds, results) in zip(numbers, runs, strict=True):
+                for name, counter in counted.items():
+                    counter.add(results[name])
+                yield number, feeds, results
 
     def _finite(self, model: ir.Model, value: str, feeds: Sample) -> bool:
         """Whether all elements of ``value`` that count are finite."""
@@ -429,41 +437,8 @@ class Calibration:
             )
         return mask.astype(bool)
 
-    def _swept(self, label: str, samples: Samples) -> Iterable[Sample]:
-        return self._progress(samples, label) if self._progress else samples
-
-
-class _Counting:
-    """Runs samples through ``reduced``, and counts values on the way.
-
-    Those of ``pixels`` of all samples, those of ``whole`` of every ``every``-th one.
-    """
-
-    def __init__(
-        self,
-        reduced: extremes.Reduced,
-        named: Sequence[str],
-        pixels: Mapping[str, Counter],
-        whole: Mapping[str, Counter],
-        every: int,
-    ) -> None:
-        self.outputs = tuple(dict.fromkeys(named))
-        self._pixels, self._all, self._every = pixels, {**pixels, **whole}, every
-        self._more = execute.Session(reduced.giving([*self.outputs, *self._all]))
-        fewer = [*self.outputs, *pixels]
-        self._fewer = execute.Session(reduced.giving(fewer)) if whole and every > 1 else self._more
-        self._done = 0
-
-    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Sample:
-        """The values of ``outputs`` for ``feeds``."""
-        more = self._done % self._every == 0
-        self._done += 1
-        counters = self._all if more else self._pixels
-        names = self.outputs if outputs is None else outputs
-        results = (self._more if more else self._fewer).run(feeds, [*names, *counters])
-        for name, counter in counters.items():
-            counter.add(results[name])
-        return {name: results[name] for name in names}
+    def _swept(self, label: str, items: Sequence[T]) -> Iterable[T]:
+        return self._progress(items, label) if self._progress else items
 
 
 def _not_finite(value: str, where: str) -> CalibrationError:

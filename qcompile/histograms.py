@@ -12,7 +12,7 @@ BINS = 2048
 # More than are asked for, because a span that had to grow may be up to four times too wide.
 _FINE = 4 * BINS
 # Numbers that are counted at once: what is made of them stays in the cache.
-_PART = 1 << 16
+_PART = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)

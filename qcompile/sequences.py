@@ -90,6 +90,14 @@ class Samples(Sequence[Sample]):
         ends = [*starts[1:], len(self)]
         return self[: max([end for end in ends if end <= most], default=ends[0])]
 
+    def parted(self, most: int) -> tuple[list[int], list[int]]:
+        """The numbers of those that ``some`` takes, and of the others."""
+        taken = set(self.some(most)._numbers)
+        parts: tuple[list[int], list[int]] = [], []
+        for index, number in enumerate(self._numbers):
+            parts[number not in taken].append(index)
+        return parts
+
     def where(self, index: int) -> str:
         """Sample ``index`` in the user's words."""
         number = self._numbers[index]
