@@ -221,7 +221,7 @@ class Calibration:
     def magnitudes(self, model: ir.Model, values: Sequence[str]) -> dict[str, Magnitude]:
         """The magnitude of each of ``values``, floats of the main graph; padding counts as well."""
         plain = halves.rounded(model)
-        session = execute.Session(sequences.fetch(plain, values, self.state))
+        session = execute.Session(sequences.fetch(plain, values, self.state), planned=False)
         found = dict.fromkeys(values, Magnitude(0.0, np.inf, ()))
         for _, results in sequences.carry(
             session, self._swept("magnitudes", self.samples), self.state, values
@@ -242,9 +242,8 @@ class Calibration:
         names = [v.name or "" for node in model.graph for v in node.outputs if v.name]
         missing = [name for name in names if keys[name] not in self._shapes]
         if missing:
-            session = execute.Session(execute.fetch(model, missing), optimize=False)
-            for name, array in session.run(self.samples[0]).items():
-                self._shapes[keys[name]] = tuple(np.shape(array))
+            for name, shape in execute.shapes(model, missing, self.samples[0]).items():
+                self._shapes[keys[name]] = shape
         found = {name: self._shapes[keys[name]] for name in names}
         return found | {n: tuple(a.shape) for n, a in self.samples[0].items()}
 
@@ -320,13 +319,14 @@ class Calibration:
             if not numbers:
                 continue
             named = [*dict.fromkeys([*itertools.chain(*answers), *counted, *self.state.values()])]
-            session = execute.Session(reduced.giving(named))
+            session = execute.Session(reduced.giving(named), planned=False)
             samples = (self.samples[number] for number in self._swept("ranges", numbers))
             runs = sequences.carry(session, samples, self.state, named)
             for number, (feeds, results) in zip(numbers, runs, strict=True):
                 for name, counter in counted.items():
-                    counter.add(results[name])
+                    counter.add(results.pop(name))
                 yield number, feeds, results
+            del session, runs
 
     def _finite(self, model: ir.Model, value: str, feeds: Sample) -> bool:
         """Whether all elements of ``value`` that count are finite."""
@@ -411,7 +411,7 @@ class Calibration:
         Of what lines up with the mask only the positions that count, their axes as one: [count,
         ...]. Raises CalibrationError if one is NaN or infinite.
         """
-        session = execute.Session(sequences.fetch(model, values, self.state))
+        session = execute.Session(sequences.fetch(model, values, self.state), planned=False)
         lined = ports.lined_up(model, self.mask) if self.mask else ()
         swept = self.samples if samples is None else samples
         runs = sequences.carry(session, self._swept(label, swept), self.state, values)
@@ -424,6 +424,8 @@ class Calibration:
                 if not np.isfinite(array).all():
                     raise _not_finite(name, swept.where(number))
                 yield number, name, array
+                del array
+            del results  # before the next sample runs
 
     def _counted(self, feeds: Sample, where: str) -> npt.NDArray[np.bool_] | None:
         """Which positions of a sample count, or None without a mask; ``where`` it is, in words."""

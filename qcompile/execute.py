@@ -40,6 +40,8 @@ class Session:
     Args:
         model: the graph, or the path of a file.
         optimize: whether the runtime may rewrite the graph.
+        planned: whether the runtime plans memory and order ahead. It is quicker, and takes room at
+            once for all values that are asked for or wait to be reduced.
         threads: threads inside an operator; if None, those that this process may use.
         profile: the beginning of the path of a file that says what each node takes.
 
@@ -51,6 +53,7 @@ class Session:
         model: ir.Model | str | os.PathLike[str],
         *,
         optimize: bool = True,
+        planned: bool = True,
         threads: int | None = None,
         profile: str | None = None,
     ) -> None:
@@ -60,6 +63,9 @@ class Session:
         options.inter_op_num_threads = 1
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
+        if not (planned and optimize):
+            options.enable_mem_pattern = False
+            options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
         if not optimize:
             # Such a session runs few samples, and an arena keeps room for all values at once.
             options.enable_cpu_mem_arena = False
@@ -321,6 +327,35 @@ def fetch(model: ir.Model, values: Sequence[str]) -> ir.Model:
     clone.graph.outputs.clear()
     clone.graph.outputs.extend(by_name[name] for name in values)
     return clone
+
+
+def shapes(model: ir.Model, values: Sequence[str], feeds: Feeds) -> dict[str, tuple[int, ...]]:
+    """The shapes of ``values``, names of the main graph of ``model``, for ``feeds``.
+
+    They are taken inside the graph, right behind each value, so that the values are not kept.
+    """
+    asked = fetch(model, values)
+    given = list(asked.graph.outputs)
+    asked.graph.outputs.clear()
+    for number, value in enumerate(given):
+        if not isinstance(value.type, ir.TensorType):  # a list has no operator for its shape
+            asked.graph.outputs.append(value)
+            continue
+        node = ir.Node("", "Shape", [value])
+        writer = value.producer()
+        if writer is None:
+            asked.graph.append(node)
+        else:
+            asked.graph.insert_after(writer, node)
+        node.outputs[0].name = f"qcompile/shapes/{number}"
+        node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        asked.graph.outputs.append(node.outputs[0])
+    session = Session(asked, optimize=False)
+    results = session.run(feeds)
+    return {
+        name: tuple(map(int, found)) if out.startswith("qcompile/shapes/") else np.shape(found)
+        for name, (out, found) in zip(values, results.items(), strict=True)
+    }
 
 
 def complete_types(model: ir.Model, feeds: Feeds) -> None:

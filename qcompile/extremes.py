@@ -156,6 +156,7 @@ class Reduced:
         made |= {v.name: v for v in self._given}
         self._model.graph.outputs.clear()
         self._model.graph.outputs.extend(made[name] for name in names)
+        self._model.graph.sort()
         return self._model
 
     def _kept(self, value: ir.Value, padding: float) -> ir.Value:
@@ -234,10 +235,17 @@ def _add(
     dtype: ir.DataType | None,
     **attributes: Any,
 ) -> ir.Value:
-    """The output of a new node at the end of the graph, with a name that nothing else has."""
+    """The output of a new node, with a name that nothing else has.
+
+    It stands behind what writes an input, not at the end, where all inputs would have to wait.
+    """
     attrs = ir.convenience.convert_attributes(attributes)
     node = ir.Node("", kind, inputs, attributes=attrs)
-    model.graph.append(node)
+    writers = [writer for value in inputs if (writer := value.producer()) is not None]
+    if writers:
+        model.graph.insert_after(writers[0], node)
+    else:
+        model.graph.insert_before(model.graph[0], node)
     node.outputs[0].name = f"qcompile/extremes/{model.graph.num_nodes()}"
     node.outputs[0].type = None if dtype is None else ir.TensorType(dtype)
     return node.outputs[0]

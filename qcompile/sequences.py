@@ -178,8 +178,11 @@ def carry(
     for sample in samples:
         feeds = {**kept, **sample}
         results = session.run(feeds, asked)
-        kept = {taken: results[given] for taken, given in state.items()}
-        yield feeds, {name: results[name] for name in wanted}
+        kept = {taken: results[giver] for taken, giver in state.items()}
+        given = {name: results[name] for name in wanted}
+        del results  # what is large is not to be there twice while the next sample runs
+        yield feeds, given
+        del given
 
 
 def fetch(model: ir.Model, values: Iterable[str], state: State) -> ir.Model:

@@ -146,7 +146,7 @@ def layer_sqnr(
     def runs(model: ir.Model) -> Iterator[dict[str, Array]]:
         session = Session(sequences.fetch(model, shared, state), optimize=False)
         for _, found in sequences.carry(session, samples, state, shared):
-            yield from ({name: found[name]} for name in shared)
+            yield from ({name: found.pop(name)} for name in shared)
 
     wanted = Spill()  # one session at a time, and one value: all together are large
     for found in runs(reference):
