@@ -196,6 +196,31 @@ def test_one_nan_in_a_picture_is_found(place: int) -> None:
         Calibration(Data("test", [{"x": x}])).stats(model, ["h"], "minmax")
 
 
+LISTED = """(float[N,4] x) => (float[N,2] y, int64[] n) {
+    two = Constant<value_ints=[2, 2]>()
+    parts = SplitToSequence<axis=1>(x, two)
+    one = Constant<value_int=1>()
+    y = SequenceAt(parts, one)
+    n = SequenceLength(parts)
+}"""
+
+
+@pytest.mark.parametrize("text", [TWO_LAYERS, PICTURE, CUT.replace("LOW", "0.0"), LISTED])
+def test_shapes_are_those_of_the_values(text: str) -> None:
+    model = graphs.graph(text)
+    for node in model.graph:
+        if node.op_type == "SplitToSequence":
+            node.outputs[0].type = ir.SequenceType(ir.TensorType(ir.DataType.FLOAT))
+            node.outputs[0].shape = None
+    calibration = Calibration(Data("test", graphs.samples(model, 3)))
+    names = [v.name or "" for node in model.graph for v in node.outputs]
+    values = execute.execute(model, calibration.samples[0], names)
+    wanted = {name: np.shape(value) for name, value in values.items()}
+    found = calibration.shapes(model)
+    assert {name: found[name] for name in names} == wanted
+    assert calibration.shapes(model) == found
+
+
 def test_what_a_relu_alone_reads_has_no_range() -> None:
     model, _ = calibrated(TWO_LAYERS)
     wanted = calibrate.quantizable_values(model)
