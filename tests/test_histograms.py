@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graphs
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -12,7 +13,6 @@ from hypothesis.extra import numpy as arrays
 from qcompile import calibrate, graph, sources
 from qcompile.calibrate import Calibration
 from qcompile.histograms import BINS, Counter, Histogram
-from tests import graphs
 
 Parts = list[npt.NDArray[np.float32]]
 PARTS = st.lists(

@@ -25,7 +25,7 @@ torch = pytest.importorskip("torch")
 from qcompile import reconstruct  # noqa: E402
 from qcompile.prefix import Prefix  # noqa: E402
 from qcompile.quantized import Quantized  # noqa: E402
-from qcompile.reconstruct import Fitted  # noqa: E402
+from qcompile.reconstruct import Engine, Fitted, Settings  # noqa: E402
 
 METHODS: tuple[Method, ...] = ("adaround", "brecq", "qdrop")
 RESIDUAL = """(float[1,4,8,8] x) => (float[1,4,8,8] y)
@@ -312,6 +312,72 @@ def test_errors_count_as_the_outputs_feel_them(monkeypatch: pytest.MonkeyPatch) 
     for sample in found:
         np.testing.assert_allclose(sample["h"][0], wanted / wanted.mean(), rtol=0.25)
         np.testing.assert_allclose(sample["y"], 1.0)
+
+
+CHAIN = """(float[N,8] x) => (float[N,6] y) <float[8,8] v, float[8,6] w> {
+    h = MatMul(x, v)
+    r = Relu(h)
+    y = MatMul(r, w)
+}"""
+
+
+def fit_of_the_second(spoilt: bool, **options: Any) -> dict[Any, Any]:
+    """The codes of the second layer of CHAIN, fitted behind a first that may be all zeros."""
+    model = graphs.graph(CHAIN)
+    data = fits.correlated(model)
+    fits.run(model, DECIDE, data)
+    quantized = Quantized(model, OrtCpu())
+    parts = blocks.partition(model, {}, "layer")
+    first, second = (block for block in parts if block.layers)
+    if spoilt:
+        [layer] = quantized.layers(first)
+        quantized.codes[quantized.key(layer)] = np.zeros_like(quantized.codes_of(layer))
+    samples, apart = data.to_fit(16)
+    settings = Settings(
+        steps=30, batch=8, mix=0.0, ranges=False, weight_rate=0.1, decide=0.1, **options
+    )
+    engine = Engine(
+        Prefix(quantized, parts, samples), Prefix(quantized, parts, apart), [settings],
+        lambda _: np.random.default_rng(0),
+    )  # fmt: skip
+    for number, block in enumerate(parts):
+        engine.enter(number)
+        if block is second:
+            found = engine.fit(number)
+            assert found is not None
+            return dict(found.codes)
+        engine.leave(number)
+    raise AssertionError
+
+
+def alike(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    return all(np.array_equal(one[key], other[key]) for key in one.keys() | other.keys())
+
+
+@pytest.fixture
+def keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was found is kept."""
+
+    def nothing(_: object) -> float:
+        return 0.0
+
+    monkeypatch.setattr("qcompile.reconstruct._Fit._error", nothing)
+
+
+@pytest.mark.usefixtures("keeps")
+def test_a_block_that_reads_floats_alone_does_not_know_what_is_in_front() -> None:
+    assert alike(*(fit_of_the_second(spoilt, prefix=False) for spoilt in (False, True)))
+    assert not alike(*(fit_of_the_second(spoilt) for spoilt in (False, True)))
+
+
+@pytest.mark.usefixtures("keeps")
+def test_targets_differ_where_a_block_reads_what_is_rounded_and_only_there() -> None:
+    floats, again = (
+        fit_of_the_second(False, prefix=False, target=t) for t in ("float", "recomputed")
+    )
+    assert alike(floats, again)
+    floats, again = (fit_of_the_second(False, target=t) for t in ("float", "recomputed"))
+    assert not alike(floats, again)
 
 
 # -- runs that are killed -----------------------------------------------------------------------

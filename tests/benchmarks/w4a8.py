@@ -1,9 +1,11 @@
 """Weights of 4 bits beside activations of 8, by what fits them, against rounding to the nearest.
 
-    python tests/benchmarks/w4a8.py [--quick] [--only WORD ...] [--seeds N] [--json FILE]
+    python tests/benchmarks/w4a8.py [--quick] [--only WORD ...] [--fits WORD ...] [--seeds N]
+        [--json FILE]
 
 One pipeline for all models: rotations where they pay, ranges by percentile, one scale a channel by
-mean squared error, first and last weights in 8 bits; rows of a model differ in the pass that fits.
+mean squared error, first and last weights in 8 bits; rows of a model differ in the pass that fits,
+and one has channels equalized before.
 The same with 8 bits stands below. SQNR is that of the output in simulation for ort-cpu, over all
 judge samples together, which calibrated nothing, with a 95 % interval of a bootstrap over them.
 Codes of 4 bits are stored in 8 and run in int8 kernels: no speed is claimed. ``--quick`` takes the
@@ -20,6 +22,7 @@ from collections.abc import Sequence
 import common
 import int8
 import numpy as np
+import onnx_ir as ir
 from common import Claim
 from int8 import LITE0, MINILM, SHIPPED, Work
 from rich.table import Table
@@ -33,26 +36,40 @@ from qcompile.pipeline import Context
 from qcompile.ports import inputs_of
 from qcompile.sources import load
 
-FRONT = (
-    "simplify,recompose,fold-bn,smooth-hadamard{block=32},"
-    "calibrate{method=percentile percentile=99.999}"
-)
+FOLDED = "simplify,recompose,fold-bn"
+RANGES = "smooth-hadamard{block=32},calibrate{method=percentile percentile=99.999}"
+EQUALIZED = "equalize{weight=int4 input=int8}"
 DECIDED = {
     4: "quantize{weight=int4 method=mse ends=int8}",
     8: "quantize",
 }
-# What fits, by its name, for each width; "" rounds to the nearest.
+_MIXUP = "gptaq{damping=0.3 rows=256 samples=128 mixup=true}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """``passes`` fit what was decided, "" rounds to the nearest; ``front`` comes before ranges."""
+
+    name: str
+    passes: str
+    front: str = ""
+
+
+# What fits, for each width.
 FITS = {
-    4: {
-        "nearest": "",
-        "gptq": "gptq{damping=0.1}",
-        "reconstruct": "reconstruct",
-        "gptaq": "gptaq{damping=0.3 rows=256}",
-        "gptaq, mixup": "gptaq{damping=0.3 rows=256 samples=128 mixup=true}",
-        "gptaq, gains a channel": "gptaq{damping=0.3 rows=256},"
-        "calibrate-affine{gains=channel rate=0.0003 steps=100}",
-    },
-    8: {"nearest": "", "gptq": "gptq", "gptaq": "gptaq{damping=0.01}"},
+    4: [
+        Fit("nearest", ""),
+        Fit("gptq", "gptq{damping=0.1}"),
+        Fit("reconstruct", "reconstruct"),
+        Fit("gptaq", "gptaq{damping=0.3 rows=256}"),
+        Fit("gptaq, mixup", _MIXUP),
+        Fit("equalize, gptaq, mixup", _MIXUP, EQUALIZED),
+        Fit(
+            "gptaq, gains a channel",
+            "gptaq{damping=0.3 rows=256},calibrate-affine{gains=channel rate=0.0003 steps=100}",
+        ),
+    ],
+    8: [Fit("nearest", ""), Fit("gptq", "gptq"), Fit("gptaq", "gptaq{damping=0.01}")],
 }
 # The SQNR that 4 bits are to have.
 GOALS = {LITE0.name: 9.0, MINILM.name: 11.0}
@@ -71,28 +88,40 @@ class Row:
     seconds: float
 
 
-def measure(work: Work, quick: bool, seed: int) -> list[Row]:
-    """A row for each way to fit."""
+def measure(work: Work, quick: bool, seed: int, words: Sequence[str]) -> list[Row]:
+    """A row for each way to fit whose name has one of ``words``, of all if there are none."""
     model, target = capture(work.source), OrtCpu()
     data = Calibration(load(work.calibration, inputs_of(model)))
     reference, judges = Session(model.clone()), list(work.judge())[: 200 if quick else None]
     context = Context(calibration=data, target=target, reference=model.clone())
-    pipeline.run(model, pipeline.parse(FRONT, registry.passes()), context)
+
+    def run(before: ir.Model, text: str) -> ir.Model:
+        made = before.clone()
+        pipeline.run(made, pipeline.parse(text, registry.passes()), context)
+        return made
+
+    fronts = {
+        front: ",".join(filter(None, (FOLDED, front, RANGES)))
+        for front in {fit.front for fits in FITS.values() for fit in fits}
+    }
+    ready = {front: run(model, text) for front, text in fronts.items()}
     rows: list[Row] = []
     for bits, fits in FITS.items():
-        for name, text in fits.items():
+        for fit in fits:
+            if words and not any(word in fit.name for word in words):
+                continue
+            text = fit.passes
             if quick:
                 text = text.replace("reconstruct", "reconstruct{steps=100 batch=8}")
             wanted = ",".join(filter(None, (DECIDED[bits], text)))
-            decided = model.clone()
             started = time.process_time()
-            pipeline.run(decided, pipeline.parse(wanted, registry.passes()), context)
+            decided = run(ready[fit.front], wanted)
             seconds = time.process_time() - started
             session = simulate.simulate(decided, target)
             signal, noise, _, _ = int8.powers(reference, session, judges)
             rows.append(
                 Row(
-                    work.name, bits, name, f"{FRONT},{wanted},insert-qdq",
+                    work.name, bits, fit.name, f"{fronts[fit.front]},{wanted},insert-qdq",
                     float(10 * np.log10(signal.sum() / noise.sum())),
                     int8.bootstrap(signal, noise, seed), seconds,
                 )
@@ -106,6 +135,8 @@ def claims(rows: Sequence[Row], seeds: int) -> list[Claim]:
     for work in dict.fromkeys(row.work for row in rows):
         of = {row.fit: row for row in rows if row.work == work and row.bits == 4}
         for name in ("gptq", "reconstruct", "gptaq"):
+            if not {name, "nearest"} <= of.keys():
+                continue
             row, control = of[name], of["nearest"].sqnr
             said = f"{work}: {name} over the nearest at 4 bits, dB"
             found.append(Claim(said, row.sqnr > control, row.sqnr, control, row.interval, seeds))
@@ -131,12 +162,17 @@ def table(rows: Sequence[Row]) -> Table:
 def main() -> int:
     parser = common.parser(__doc__, quick="the shipped models, with fewer pictures and steps")
     parser.add_argument("--only", nargs="+", default=[], help="words in the names of models")
+    parser.add_argument("--fits", nargs="+", default=[], help="words in the names of fits")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the bootstrap")
     arguments = parser.parse_args()
     works = list(SHIPPED) if arguments.quick else [*SHIPPED, LITE0, MINILM]
     words = [word.lower() for word in arguments.only]
     chosen = [w for w in works if not words or any(word in w.name.lower() for word in words)]
-    rows = [row for work in chosen for row in measure(work, arguments.quick, arguments.seeds - 1)]
+    rows = [
+        row
+        for work in chosen
+        for row in measure(work, arguments.quick, arguments.seeds - 1, arguments.fits)
+    ]
     found = claims(rows, arguments.seeds)
     return common.finish(found, arguments.json, [table(rows)], rows=rows)
 
