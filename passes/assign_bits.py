@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
-from qcompile import factors, graph, numerics, sensitivity, spec
+from qcompile import content, factors, graph, numerics, sensitivity, spec
 from qcompile.assignment import Assigned, Assigner
 from qcompile.budget import Budget
-from qcompile.calibrate import Calibration, content_keys
+from qcompile.calibrate import Calibration
 from qcompile.candidates import FLOAT_BITS, Costs, Items, Pairs
 from qcompile.deciding import WEIGHTED, Granularity, Weights, decide_input, decide_weights
 from qcompile.errors import PassError
@@ -244,7 +244,7 @@ class AssignBits(Pass):
 
     def _key(self, model: ir.Model, names: Sequence[str], ctx: Context) -> str:
         """All that costs depend on, but for the grids of inputs."""
-        values = content_keys(model, ctx.data().state)
+        values = content.keys(model, ctx.data().state)
         outputs = [values[value.name or ""] for value in model.graph.outputs]
         free: dict[str, Any] = {"budget": ("bits=8",), "table": "lazy"}
         if not self.factors:

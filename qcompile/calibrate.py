@@ -9,7 +9,6 @@ computes a value, so nothing goes stale when weights change.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile import execute, extremes, graph, halves, patches, ports, sequences
+from qcompile import content, execute, extremes, graph, halves, patches, ports, sequences
 from qcompile.errors import CalibrationError
 from qcompile.graph import Layer
 from qcompile.histograms import Counter, Histogram
@@ -169,7 +168,7 @@ class Calibration:
 
         Raises CalibrationError, naming value and sample, if one is NaN or infinite.
         """
-        keys = content_keys(model, self.state)
+        keys = content.keys(model, self.state)
         missing = [v for v in values if (keys[v], observer) not in self._cache]
         if missing:
             for name, found in self._sweep(model, missing, observer).items():
@@ -193,7 +192,7 @@ class Calibration:
         Raises CalibrationError for layers of another kind, above LARGEST_GRAM columns, and, naming
         value and sample, if an input is NaN or infinite.
         """
-        keys = content_keys(model, self.state)
+        keys = content.keys(model, self.state)
         kinds = {layer.name: patches.of(layer) for layer in layers}
         taken = self.samples if samples is None else self.samples.some(samples)
         wanted: dict[tuple[str, str], tuple[str, patches.Rows]] = {}
@@ -238,7 +237,7 @@ class Calibration:
 
     def shapes(self, model: ir.Model) -> dict[str, tuple[int, ...]]:
         """The shape of every value of the main graph for the first sample."""
-        keys = content_keys(model, self.state)
+        keys = content.keys(model, self.state)
         names = [v.name or "" for node in model.graph for v in node.outputs if v.name]
         missing = [name for name in names if keys[name] not in self._shapes]
         if missing:
@@ -343,7 +342,7 @@ class Calibration:
 
         Of at most ``samples`` samples, if given.
         """
-        keys = content_keys(model, self.state)
+        keys = content.keys(model, self.state)
         taken = self.samples if samples is None else self.samples.some(samples)
         asked = {v: (keys[v], f"moments {axis} {len(taken)}") for v, axis in axes.items()}
         missing = [v for v, key in asked.items() if key not in self._cache]
@@ -465,47 +464,6 @@ def _merge(before: Moments | None, rows: npt.NDArray[np.float64]) -> Moments:
     spread = before.variance * before.count + variance * count
     spread += shift**2 * (before.count * count / total)
     return Moments(before.mean + shift * (count / total), spread / total, low, high, total)
-
-
-def content_keys(model: ir.Model, state: State | None = None) -> dict[str, str]:
-    """A hash for each value of the main graph of all that computes it.
-
-    Operators, attributes, tensor bytes and names of inputs count; names of inner values and specs
-    do not. Two values with one key hold the same numbers for the same data. What reads ``state``
-    depends on all that computes the state of the frame before.
-    """
-    inputs = {v.name or "": f"input {v.name}" for v in model.graph.inputs}
-    keys = _content_keys(model, inputs)
-    if state:
-        given = hashlib.sha256("\n".join(keys[name] for name in state.values()).encode())
-        inputs |= {name: f"state {name} {given.hexdigest()}" for name in state}
-        keys = _content_keys(model, inputs)
-    return keys
-
-
-def _content_keys(model: ir.Model, inputs: Mapping[str, str]) -> dict[str, str]:
-    keys = dict(inputs)
-    for name, value in model.graph.initializers.items():
-        if value.const_value is not None:
-            keys[name] = graph.tensor_digest(value.const_value)
-    for node in model.graph:
-        text = [node.domain, node.op_type]
-        text += [keys.get(v.name or "", v.name or "") if v is not None else "" for v in node.inputs]
-        text += [f"{n}={_attribute_key(node.attributes[n])}" for n in sorted(node.attributes)]
-        digest = hashlib.sha256("\n".join(text).encode()).hexdigest()
-        for position, value in enumerate(node.outputs):
-            keys[value.name or ""] = f"{digest}.{position}"
-    return keys
-
-
-def _attribute_key(attr: ir.Attr) -> str:
-    if attr.type == ir.AttributeType.TENSOR:
-        return graph.tensor_digest(attr.value)
-    if attr.type == ir.AttributeType.GRAPH:
-        library: Any = ir  # partly untyped
-        proto = library.to_proto(attr.value)
-        return str(proto.SerializeToString(deterministic=True).hex())
-    return str(attr.value)
 
 
 def quantizable_values(model: ir.Model) -> list[str]:

@@ -1,7 +1,8 @@
-"""Minimum and maximum of values, computed inside the graph, so that no activation leaves it.
+"""Minimum and maximum of values, computed inside the graph, so that they need not leave it.
 
 What only moves elements has the extremes of what it moves, and a Relu or Clip those that it cuts
-them to, bit by bit; so they are not looked at themselves.
+them to, bit by bit; so they are not looked at themselves. What histograms count leaves the graph:
+of pictures every few pixels.
 """
 
 from __future__ import annotations
@@ -137,10 +138,16 @@ class Reduced:
 
         ``k`` is odd, since what upsamples by two treats even and odd rows in two ways, and leaves
         ``enough`` numbers of ``shape``, that of a sample, as nearly as it can. None of what is no
-        picture: those are what a Conv or a pool writes, and what is computed of it pixel by pixel.
+        picture (those are what a Conv or a pool writes, and what is computed of it pixel by pixel)
+        or has positions that do not count.
         """
         value = self._by_name[name]
-        if value not in self._pictures or len(shape) != 4 or value.dtype != ir.DataType.FLOAT:
+        if (
+            self._is_lined(value)
+            or value not in self._pictures
+            or len(shape) != 4
+            or value.dtype != ir.DataType.FLOAT
+        ):
             return None
         odd = range(1, max(shape[2:]) + 2, 2)
         step = min(odd, key=lambda k: abs(math.log(max(_pixels(shape, k), 1) / enough)))
@@ -161,9 +168,12 @@ class Reduced:
 
     def _kept(self, value: ir.Value, padding: float) -> ir.Value:
         """``value`` where it counts, else ``padding``."""
-        if self._counts is None or value.name not in self._lined:
+        if self._counts is None or not self._is_lined(value):
             return value
         return _kept(self._model, value, self._counts, padding)
+
+    def _is_lined(self, value: ir.Value) -> bool:
+        return self._counts is not None and value.name in self._lined
 
 
 _OF_PIXELS = frozenset(

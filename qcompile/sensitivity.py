@@ -207,7 +207,7 @@ class Sensitivity:
     def _macs(self) -> dict[str, int]:
         """The MACs of each layer in the first sample."""
         values = [v.name or "" for n in self.model.graph for v in n.outputs if v.name]
-        session = execute.Session(execute.fetch(self.model, values), optimize=False)
         entered = {name: self._floats[name][0][name] for name in self._entered}
-        shapes = {n: np.shape(a) for n, a in (session.run(entered) | entered).items()}
+        shapes = execute.shapes(self.model, values, entered)
+        shapes |= {name: np.shape(array) for name, array in entered.items()}
         return {layer.name: layer.macs(shapes) for layer in graph.layers(self.model)}

@@ -19,6 +19,7 @@ import pytest
 from qcompile import (
     bench,
     calibrate,
+    content,
     execute,
     graph,
     histograms,
@@ -636,9 +637,9 @@ def test_what_reads_a_state_depends_on_all_that_computes_it() -> None:
     model.graph.initializers["u"].const_value = ir.Tensor(array, name="u")
     assert calibration.stats(model, ["b"], "minmax") != before
     assert len(sweeps) == 2
-    plain = calibrate.content_keys(model)
-    assert plain["b"] != calibrate.content_keys(model, calibration.state)["b"]
-    assert plain["a"] == calibrate.content_keys(model, calibration.state)["a"]
+    plain = content.keys(model)
+    assert plain["b"] != content.keys(model, calibration.state)["b"]
+    assert plain["a"] == content.keys(model, calibration.state)["a"]
 
 
 # -- the cache ----------------------------------------------------------------------------------
@@ -688,11 +689,11 @@ def test_the_key_of_a_value_is_the_content_that_computes_it(
     edit: Callable[[ir.Model], None], same: bool
 ) -> None:
     model, calibration = calibrated(TWO_LAYERS)
-    before = calibrate.content_keys(model)["r"]
+    before = content.keys(model)["r"]
     sweeps = counted(calibration)
     calibration.stats(model, ["r"], "minmax")
     edit(model)
-    assert (calibrate.content_keys(model)["r"] == before) == same
+    assert (content.keys(model)["r"] == before) == same
     calibration.stats(model, ["r"], "minmax")
     assert len(sweeps) == (1 if same else 2)
 
@@ -700,7 +701,7 @@ def test_the_key_of_a_value_is_the_content_that_computes_it(
 def test_attributes_count_for_the_key() -> None:
     one = graphs.graph("(float[2,4] x) => (float[2,4] y) { y = Softmax<axis=0>(x) }")
     other = graphs.graph("(float[2,4] x) => (float[2,4] y) { y = Softmax<axis=1>(x) }")
-    assert calibrate.content_keys(one)["y"] != calibrate.content_keys(other)["y"]
+    assert content.keys(one)["y"] != content.keys(other)["y"]
 
 
 def test_shapes_are_those_of_the_first_sample() -> None:

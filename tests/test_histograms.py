@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from qcompile import calibrate, graph, sources
+from qcompile import calibrate, extremes, graph, sources
 from qcompile.calibrate import Calibration
 from qcompile.histograms import BINS, Counter, Histogram
 
@@ -116,3 +116,11 @@ def test_the_numbers_of_every_third_pixel_are_those_of_the_picture(
     own, _ = np.histogram(np.concatenate(some).ravel(), histogram.edges)
     below, wanted = np.cumsum(histogram.counts), np.cumsum(own)
     assert (below[2:] >= wanted[:-2]).all() and (below[:-2] <= wanted[2:]).all()
+
+
+@pytest.mark.parametrize(("lined", "found"), [((), True), (("h",), False)])
+def test_a_picture_with_padding_is_counted_whole(lined: tuple[str, ...], found: bool) -> None:
+    source = "(float[1,4,32,32] x, int64[1,4] m) => (float[1,4,32,32] h) <float[4,4,1,1] w> {"
+    model = graphs.graph(source + "h = Conv(x, w) }")
+    reduced = extremes.Reduced(model, ["h"], {}, "m", lined)
+    assert (reduced.pixels("h", (1, 4, 32, 32), 100) is not None) == found
