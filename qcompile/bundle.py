@@ -31,7 +31,9 @@ import scipy.special  # pyright: ignore[reportMissingTypeStubs]
 from qcompile import graph, selfcheck, sequences
 from qcompile.execute import Session
 from qcompile.selfcheck import Figure
-from qcompile.sequences import Sample, Samples, State
+from qcompile.sequences import Sample, Samples
+from qcompile.simulate import Judge, is_plain
+from qcompile.spill import Spill
 
 Array = npt.NDArray[Any]
 
@@ -49,47 +51,49 @@ FLOAT32_DB = 120.0
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """The models that a bundle is made of.
+    """What a bundle is made of: two models, and what models computed of the samples of a judge.
 
-    ``actual`` is the written file as it runs here, or None if it cannot.
+    ``actual`` is of the written file as it runs here, or None if it cannot.
     """
 
     reference: ir.Model
     lowered: ir.Model
-    actual: Session | None
+    expected: Spill
+    actual: Spill | None
     runtime: str
     target: str
 
 
-def write(folder: pathlib.Path, models: Compared, judges: Samples) -> str:
+def write(folder: pathlib.Path, made: Compared, judge: Judge) -> str:
     """Write ``folder/check``; return "", or why it holds less than it should."""
-    names = [v.name or "" for v in models.reference.graph.outputs]
-    frames, lengths, cut = _few(judges)
-    state = judges.state
-    reference = _results(Session(models.reference), frames, state, names)
-    expected = _results(Session(models.lowered, optimize=False), frames, state, names)
-    kept = [n for n in names if all(_plain(f[n]) for f in (*reference, *expected))]
-    if not kept or not all(_plain(a) for frame in frames for a in frame.values()):
+    names = [v.name or "" for v in made.reference.graph.outputs]
+    frames, lengths, cut = _few(judge.samples)
+    state = judge.samples.state
+    reference, expected = judge.wanted[: len(frames)], made.expected[: len(frames)]
+    kept = [n for n in names if all(is_plain(f.get(n)) for f in (*reference, *expected))]
+    if not kept or not all(is_plain(a) for frame in frames for a in frame.values()):
         return "there is no check for the device: numpy holds no inputs or outputs of such types"
     frames, lengths, fits = _within(frames, lengths, [reference, expected], kept)
     reference, expected = reference[: len(frames)], expected[: len(frames)]
     moved: list[list[dict[str, Array]]] = []
     for draw in range(DRAWS):  # one at a time: each holds the weights once more
-        model = rounded(models.lowered, draw)
-        moved.append(_results(Session(model, optimize=False), frames, state, names))
+        model = rounded(made.lowered, draw)
+        session = Session(model, optimize=False)
+        moved.append([found for _, found in sequences.carry(session, frames, state, kept)])
+        del session
         graph.drop_weights(model)
-    here = [] if models.actual is None else [_results(models.actual, frames, state, names)]
+    here = [] if made.actual is None else [made.actual[: len(frames)]]
     inputs = list(dict.fromkeys(name for frame in frames for name in frame))
     spec = {
         "schema": selfcheck.SCHEMA_VERSION,
-        "runtime": models.runtime,
-        "target": models.target,
+        "runtime": made.runtime,
+        "target": made.target,
         "files": {p.name: selfcheck.digest(p) for p in sorted(folder.glob("*.onnx*"))},
         "inputs": inputs,
         "outputs": [_limits(name, reference, expected, moved, here) for name in kept],
         "sequences": lengths,
         "state": dict(state),
-        "profile": _profile(models.reference, frames),
+        "profile": _profile(made.reference, frames),
         "limits": {"sequences": SEQUENCES, "bytes": BYTES, "cut": cut or not fits},
     }
     place = folder / "check"
@@ -137,18 +141,6 @@ def _within(
         kept += [min(length, left)] if left else []
         left -= min(length, left)
     return frames[:count], kept, count == len(frames)
-
-
-def _results(
-    session: Session, frames: Sequence[Sample], state: State, names: Sequence[str]
-) -> list[dict[str, Array]]:
-    return [results for _, results in sequences.carry(session, frames, state, names)]
-
-
-def _plain(array: Any) -> bool:
-    """Whether numpy alone holds ``array``: no strings, no sequences, no types of ml_dtypes."""
-    kind: str = getattr(getattr(array, "dtype", None), "kind", "")
-    return kind != "" and kind in "iubf"
 
 
 def rounded(lowered: ir.Model, draw: int) -> ir.Model:

@@ -137,6 +137,12 @@ class Items:
             if not (choice.rank or choice.is_float):
                 self._with(choice.bits)
 
+    def decide(self, choices: Iterable[Choice]) -> None:
+        """Decide all weights in the widths among ``choices``, which ``rounded`` does else."""
+        for choice in choices:
+            if not (choice.rank or choice.is_float):
+                self._with(choice.bits)
+
     def rounded(self, item: int, choice: Choice) -> Floats:
         """What is multiplied with in place of the weight."""
         if choice.is_float:

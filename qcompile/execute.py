@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 import onnxruntime
 from onnx_ir import serde
@@ -142,10 +143,15 @@ def _without_weights(model: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
             continue
         array = np.ascontiguousarray(tensor.numpy())
         shared[name] = runtime.OrtValue.ortvalue_from_numpy(array)
-        value.const_value = ir.ExternalTensor(
-            "memory", 0, array.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name
-        )
+        value.const_value = _elsewhere(tensor, name)
     return light, shared
+
+
+def _elsewhere(tensor: ir.TensorProtocol, name: str) -> ir.ExternalTensor:
+    """What stands for ``tensor``, whose numbers are given apart."""
+    return ir.ExternalTensor(
+        "memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
+    )
 
 
 def _allowed() -> int:
@@ -314,9 +320,54 @@ def save(model: ir.Model, path: str | os.PathLike[str], beside: bool = False) ->
     if small:
         read_external(model)  # of a large model that became small, what stayed in its file
     if small and not beside:
-        library.save(model, path)
+        _write(model, pathlib.Path(path))
     else:
         library.save(model, path, external_data=f"{pathlib.Path(path).name}.data")
+
+
+def _write(model: ir.Model, path: pathlib.Path) -> None:
+    """Write ``model`` into one file, its large weights one by one.
+
+    Protobuf would hold all of them twice. The message is the same but for the order of the weights.
+    """
+    light, large = model.clone(), list[ir.TensorProtocol]()
+    for value in light.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes >= _LEAST_SHARED:
+            large.append(tensor)
+            value.const_value = _elsewhere(tensor, value.name or "")
+    head: Any = ir.to_proto(light)
+    here = [t for t in head.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+    head.graph.ClearField("initializer")
+    head.graph.initializer.extend(here)
+    nodes: bytes = head.graph.SerializeToString()
+    head.ClearField("graph")
+
+    def tagged(field: int, length: int) -> bytes:
+        return _varint(field << 3 | 2) + _varint(length)
+
+    def message(tensor: ir.TensorProtocol) -> Any:
+        return ir.to_proto(tensor)
+
+    inside = onnx.GraphProto.INITIALIZER_FIELD_NUMBER
+    lengths = [message(tensor).ByteSize() for tensor in large]
+    whole = len(nodes) + sum(len(tagged(inside, length)) + length for length in lengths)
+    with open(path, "wb") as file:
+        file.write(head.SerializeToString())
+        file.write(tagged(onnx.ModelProto.GRAPH_FIELD_NUMBER, whole))
+        file.write(nodes)
+        for tensor, length in zip(large, lengths, strict=True):
+            file.write(tagged(inside, length))
+            file.write(message(tensor).SerializeToString())
+
+
+def _varint(number: int) -> bytes:
+    """``number``, not negative, as protobuf writes it."""
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes((*found, number))
 
 
 def fetch(model: ir.Model, values: Sequence[str]) -> ir.Model:

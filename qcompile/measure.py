@@ -82,16 +82,20 @@ def report_of(
     timed: bench.Latency | None = None
     notes = [*target.notes(lowered, made.main.parent)]
     if judge is not None:
-        actual = Session(made.main) if target.runs_here else None
         expected = judge.simulated(computed)
-        runs = judge.run(actual) if actual is not None else expected
-        outputs = _outputs(judge, expected, runs)
-        accuracy = _accuracy(judged, actual or Session(computed, optimize=False))
+        actual = judge.run(Session(made.main)) if target.runs_here else None
+        outputs = _outputs(judge, expected, expected if actual is None else actual)
         if actual is not None:
-            apart = min(judge.between(expected, runs).values(), default=math.inf)
-        models = bundle.Compared(reference, computed, actual, target.module, str(target))
-        lacking = bundle.write(made.main.parent, models, judge.samples)
+            apart = min(judge.between(expected, actual).values(), default=math.inf)
+        compared = bundle.Compared(
+            reference, computed, expected, actual, target.module, str(target)
+        )
+        lacking = bundle.write(made.main.parent, compared, judge)
         notes += [lacking] if lacking else []
+        if judged.evaluation is not None:
+            here = target.runs_here
+            session = Session(made.main) if here else Session(computed, optimize=False)
+            accuracy = _accuracy(judged, judged.evaluation, session)
         if latency and actual is not None:
             floats = [Session(reference, threads=1) for _ in range(2)]
             compiled = Session(made.main, threads=1)
@@ -148,11 +152,9 @@ def _outputs(judge: simulate.Judge, simulated: Spill, runs: Spill) -> list[repor
     ]
 
 
-def _accuracy(judged: Judged, session: Session) -> report.Accuracy | None:
+def _accuracy(judged: Judged, evaluation: Evaluation, session: Session) -> report.Accuracy:
     """The user's metric of what was written, and what it took."""
-    evaluation, bound, found = judged.evaluation, judged.bound, judged.found
-    if evaluation is None:
-        return None
+    bound, found = judged.bound, judged.found
     value = evaluation.measure(session)
     drop = evaluation.drop(value)
     return report.Accuracy(

@@ -45,20 +45,22 @@ class Judge:
     Powers are summed over all samples before they are divided, in float64. Every model carries a
     state of its own from frame to frame, so that what its state has lost counts. A sample for which
     an output has another size than in float, as the boxes of a detector may, is left out of the
-    figures of that output; an output with no sample left has none.
+    figures of that output; an output with no sample left has none. ``wanted`` is what the reference
+    computes of the samples.
     """
 
     def __init__(self, reference: ir.Model, samples: Sequence[Sample]) -> None:
         self.samples = Samples.of(samples)
         self.outputs = [v.name or "" for v in reference.graph.outputs if _is_float(v)]
-        self._wanted = self.run(Session(reference))
+        self._asked = [v.name or "" for v in reference.graph.outputs]
+        self.wanted = self.run(Session(reference))
         self._simulated: dict[str, Spill] = {}  # the last, by the text of the graph
 
     def run(self, session: Session) -> Spill:
-        """What ``session`` computes of the samples, to be compared in more ways than one."""
+        """What ``session`` computes of the samples, but for what is no array of numbers."""
         kept = Spill()
         for results in self._results(session):
-            kept.append(results)
+            kept.append({n: a for n, a in results.items() if n in self.outputs or is_plain(a)})
         return kept
 
     def simulated(self, lowered: ir.Model) -> Spill:
@@ -70,12 +72,12 @@ class Judge:
 
     def sqnr(self, session: Session | Spill) -> dict[str, float]:
         """SQNR in dB of each floating-point output of ``session``, by output name."""
-        return self._compare(self._wanted, session)
+        return self._compare(self.wanted, session)
 
     def cosine(self, session: Session | Spill) -> dict[str, float]:
         """Mean cosine similarity of each output over the samples, by output name."""
         found: dict[str, list[float]] = {name: [] for name in self.outputs}
-        for wanted, actual in zip(self._wanted, self._results(session), strict=True):
+        for wanted, actual in zip(self.wanted, self._results(session), strict=True):
             for name in self.outputs:
                 if np.shape(wanted[name]) == np.shape(actual[name]):
                     found[name].append(cosine(wanted[name], actual[name]))
@@ -84,7 +86,7 @@ class Judge:
     def uneven(self, session: Session | Spill) -> dict[str, int]:
         """For how many samples each output of ``session`` has another size than in float."""
         count = dict.fromkeys(self.outputs, 0)
-        for wanted, actual in zip(self._wanted, self._results(session), strict=True):
+        for wanted, actual in zip(self.wanted, self._results(session), strict=True):
             for name in self.outputs:
                 count[name] += np.shape(wanted[name]) != np.shape(actual[name])
         return count
@@ -105,8 +107,14 @@ class Judge:
     def _results(self, session: Session | Spill) -> Iterable[dict[str, Array]]:
         if isinstance(session, Spill):
             return session
-        runs = sequences.carry(session, self.samples, self.samples.state, self.outputs)
+        runs = sequences.carry(session, self.samples, self.samples.state, self._asked)
         return (results for _, results in runs)
+
+
+def is_plain(array: Any) -> bool:
+    """Whether numpy alone holds ``array``: no strings, no sequences, no types of ml_dtypes."""
+    kind: str = getattr(getattr(array, "dtype", None), "kind", "")
+    return kind != "" and kind in "iubf"
 
 
 def sqnr(reference: npt.ArrayLike, actual: npt.ArrayLike) -> float:

@@ -78,6 +78,10 @@ class Trials:
         """The values called ``names`` in sample ``number``, in float."""
         return {name: self.floats[name][number][name] for name in names}
 
+    def at(self, number: int, names: Iterable[str]) -> Sample:
+        """The values called ``names`` in sample ``number``, in float."""
+        return {name: self.floats[name][number][name] for name in names}
+
 
 def costs(trials: Trials) -> list[float]:
     """The cost of each of the weights, in order."""
