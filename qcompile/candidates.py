@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile import decisions, factors, graph, numerics, patches, solve, timing
-from qcompile.deciding import Weights, decide_weights, powers
+from qcompile import deciding, decisions, factors, graph, numerics, patches, solve, timing
+from qcompile.deciding import Weights
 from qcompile.factors import Factors
 from qcompile.graph import Layer
 from qcompile.numerics import Floats, Grid
@@ -131,17 +131,23 @@ class Items:
         """The shape of the weight."""
         return graph.shape_of(self.readers[item][0].weight.value) or ()
 
-    def decide(self, choices: Iterable[Choice]) -> None:
-        """Decide all weights in the widths among ``choices``, which ``rounded`` does else."""
-        for choice in choices:
-            if not (choice.rank or choice.is_float):
-                self._with(choice.bits)
-
-    def decide(self, choices: Iterable[Choice]) -> None:
-        """Decide all weights in the widths among ``choices``, which ``rounded`` does else."""
-        for choice in choices:
-            if not (choice.rank or choice.is_float):
-                self._with(choice.bits)
+    def decide(self) -> None:
+        """Decide all weights in each of the widths, once; spread by ``Context.map``."""
+        if self._decided:
+            return
+        widths = [c.bits for c in self.choices[0][: self.widths] if not c.is_float]
+        ways = [dataclasses.replace(self.how, format=f"int{bits}") for bits in widths]
+        names = [layer.name for readers in self.readers for layer in readers]
+        layers = [layer for layer in graph.layers(self.model) if layer.name in set(names)]
+        grids = list(deciding.grids_of(self.model, layers, ways, self.ctx))
+        for place, (bits, how) in enumerate(zip(widths, ways, strict=True)):
+            model = self.model.clone()
+            kept = {layer.name: layer for layer in graph.layers(model)}
+            here = [kept[layer.name] for layer in layers]
+            deciding.write_weights(model, here, how, (each[place] for each in grids))
+            if self.fit is not None:
+                self.fit.run(model, self.ctx)
+            self._decided[bits] = model, {layer.name: layer for layer in here}
 
     def rounded(self, item: int, choice: Choice) -> Floats:
         """What is multiplied with in place of the weight."""
@@ -195,7 +201,7 @@ class Items:
             return self._losses[item, choice] if choice.rank else self._loss(item, choice)
         if self._powers is None:
             firsts = [readers[0] for readers in self.readers]
-            self._powers = powers(self.model, firsts, self.ctx)
+            self._powers = deciding.powers(self.model, firsts, self.ctx)
         error = graph.finite_weight(layer).astype(np.float64) - self.rounded(item, choice)
         return float(np.mean(error**2 * self._powers.get(layer.name, np.float32(1))))
 
@@ -207,15 +213,7 @@ class Items:
 
     def _with(self, bits: int) -> tuple[ir.Model, dict[str, Layer]]:
         """A model in which all weights are decided in ``bits``, and its layers by name."""
-        if bits not in self._decided:
-            model = self.model.clone()
-            names = {layer.name for readers in self.readers for layer in readers}
-            layers = [layer for layer in graph.layers(model) if layer.name in names]
-            how = dataclasses.replace(self.how, format=f"int{bits}")
-            decide_weights(model, layers, how, self.ctx)
-            if self.fit is not None:
-                self.fit.run(model, self.ctx)
-            self._decided[bits] = model, {layer.name: layer for layer in layers}
+        self.decide()
         return self._decided[bits]
 
     def _factorize(self, pairs: Pairs) -> None:
@@ -314,7 +312,7 @@ class Costs:
                 self._measured[item, number] = 0.0
             if (item, number) not in self._measured:
                 wanted.setdefault(item, []).append(number)
-        items.decide(items.choices[item][n] for item, numbers in wanted.items() for n in numbers)
+        items.decide()  # and not where tasks are drawn, which is another thread
         asked = (
             (items.readers[item], [items.rounded(item, items.choices[item][n]) for n in numbers])
             for item, numbers in wanted.items()

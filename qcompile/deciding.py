@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -54,9 +54,19 @@ def decide_input(use: graph.Use, form: str, dynamic: bool = False, symmetric: bo
 
 def decide_weights(model: ir.Model, layers: list[Layer], how: Weights, ctx: Context) -> None:
     """Write specs and scales of the weights of ``layers``, ranges searched as ``how`` says."""
+    write_weights(model, layers, how, (grid for [grid] in grids_of(model, layers, [how], ctx)))
+
+
+def grids_of(
+    model: ir.Model, layers: Sequence[Layer], ways: Sequence[Weights], ctx: Context
+) -> Iterable[list[Grid]]:
+    """For each of ``layers`` in turn the grids of its weight, one for each of ``ways``.
+
+    These differ in their formats alone.
+    """
     if not layers:
-        return
-    form = numerics.parse_format(how.format)
+        return []
+    how = ways[0]
     blocks = _divided(layers, how.block)
     seen = powers(model, layers, ctx) if how.method == "output" else {}
     # One weight at a time, for a model larger than memory.
@@ -67,9 +77,16 @@ def decide_weights(model: ir.Model, layers: list[Layer], how: Weights, ctx: Cont
         )
         for layer in layers
     )  # fmt: skip
-    search = functools.partial(_grid, form=form, method=how.method)
+    forms = [numerics.parse_format(how.format) for how in ways]
+    search = functools.partial(_grids, forms=forms, method=how.method)
     quick = how.method == "minmax"
-    grids = map(search, jobs) if quick else ctx.map(search, jobs, "weights", len(layers))
+    return map(search, jobs) if quick else ctx.map(search, jobs, "weights", len(layers))
+
+
+def write_weights(
+    model: ir.Model, layers: Sequence[Layer], how: Weights, grids: Iterable[Grid]
+) -> None:
+    """Write specs and scales of the weights of ``layers``, which have ``grids``."""
     made: dict[tuple[ir.Value, int | None, int | None], TensorSpec] = {}
     for layer, grid in zip(layers, grids, strict=True):
         key = (layer.weight.value, grid.axis, grid.block)
@@ -116,11 +133,14 @@ class _Job:
     importance: Floats | None
 
 
-def _grid(job: _Job, form: IntFormat, method: RangeMethod) -> Grid:
+def _grids(job: _Job, forms: Sequence[IntFormat], method: RangeMethod) -> list[Grid]:
     method = "mse" if method == "output" and job.importance is None else method
-    return numerics.weight_grid(
-        job.array, form, job.axis, job.block, method=method, importance=job.importance
-    )
+    return [
+        numerics.weight_grid(
+            job.array, form, job.axis, job.block, method=method, importance=job.importance
+        )
+        for form in forms
+    ]
 
 
 # Samples that say what weights are multiplied with.

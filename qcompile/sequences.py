@@ -9,6 +9,7 @@ was one frame earlier. The first frame of a sequence holds all inputs; later one
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, overload
@@ -112,16 +113,10 @@ class Samples(Sequence[Sample]):
             return self._store.shapes(name)
         return [sample[name].shape for sample in self if name in sample]
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """A hash of all samples, of where sequences start, and of the state."""
-        if isinstance(self._store, Spill):
-            whole = self._store.digest
-        else:
-            digest = hashlib.sha256()
-            for sample in self._store:
-                spill.add_to(digest, sample)
-            whole = digest.hexdigest()
+        whole = spill.digest(self._store)
         if len(self._starts) == len(self._store) and not self.state:
             return whole
         text = f"{whole}{list(self._starts)}{sorted(self.state.items())}"

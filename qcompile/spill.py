@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -85,7 +85,6 @@ class Spill(Stored):
         # Kept open as long as this object lives; its type knows no buffers but bytes.
         self._file: Any = tempfile.TemporaryFile(prefix="qcompile-")  # noqa: SIM115
         self._end = 0
-        self._digest = hashlib.sha256()
 
     def append(self, arrays: Mapping[str, Array]) -> None:
         """Write ``arrays`` behind the last; raise CalibrationError if there is no room."""
@@ -104,12 +103,6 @@ class Spill(Stored):
                 "set TMPDIR to one with room"
             ) from error
         self._index.append(places)
-        add_to(self._digest, arrays)
-
-    @property
-    def digest(self) -> str:
-        """A hash of all that was appended: names, types, shapes and numbers."""
-        return self._digest.hexdigest()
 
     def shapes(self, name: str) -> list[tuple[int, ...]]:
         """The shapes of ``name`` in the dicts that have it; nothing is read."""
@@ -137,11 +130,14 @@ def missing(path: str | os.PathLike[str]) -> CalibrationError:
     )
 
 
-def add_to(digest: Any, arrays: Mapping[str, Array]) -> None:
-    """Add names, types, shapes and numbers of ``arrays`` to a hash."""
-    for name in sorted(arrays):
-        digest.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode())
-        digest.update(_bytes(arrays[name]))
+def digest(samples: Iterable[Mapping[str, Array]]) -> str:
+    """A hash of ``samples``: names, types, shapes and numbers."""
+    found: Any = hashlib.sha256()  # its type knows no arrays
+    for arrays in samples:
+        for name in sorted(arrays):
+            found.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode())
+            found.update(_bytes(arrays[name]))
+    return found.hexdigest()
 
 
 def _bytes(array: Array) -> npt.NDArray[np.uint8]:

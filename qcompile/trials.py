@@ -7,6 +7,7 @@ in files. The weight is an input of that part, so that one session serves all tr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,10 +40,7 @@ class Lent:
         """The model, which must stay as it is; CalibrationError if this machine has no file."""
         if isinstance(self._model, ir.Model):
             return self._model
-        try:
-            return execute.load(self._model)
-        except FileNotFoundError as error:
-            raise spill.missing(self._model) from error
+        return _loaded(self._model)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if not isinstance(self._model, ir.Model):
@@ -54,6 +52,14 @@ class Lent:
             # Of a clone: while it is written its weights are others, and others may read them.
             execute.save(self._model.clone(), path, beside=True)
         return Lent, (path,)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(path: pathlib.Path) -> ir.Model:
+    try:
+        return execute.load(path)
+    except FileNotFoundError as error:
+        raise spill.missing(path) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +79,6 @@ class Trials:
     floats: Mapping[str, Stored]
     outputs: tuple[str, ...]
     metric: Metric
-
-    def at(self, number: int, names: Iterable[str]) -> Sample:
-        """The values called ``names`` in sample ``number``, in float."""
-        return {name: self.floats[name][number][name] for name in names}
 
     def at(self, number: int, names: Iterable[str]) -> Sample:
         """The values called ``names`` in sample ``number``, in float."""
