@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import pathlib
@@ -58,6 +59,7 @@ class Session:
         threads: int | None = None,
         profile: str | None = None,
     ) -> None:
+        _give_back()
         options: Any = runtime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = _allowed() if threads is None else threads
@@ -67,6 +69,8 @@ class Session:
         if not (planned and optimize):
             options.enable_mem_pattern = False
             options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
+        if not planned:
+            options.enable_cpu_mem_arena = False
         if not optimize:
             # Such a session runs few samples, and an arena keeps room for all values at once.
             options.enable_cpu_mem_arena = False
@@ -114,6 +118,15 @@ class Session:
         except Exception as error:  # see above
             raise TargetError(f"ONNX Runtime fails to run the model: {reason(error)}") from error
         return dict(zip(names, results, strict=True))
+
+
+def _give_back() -> None:
+    """Let the allocator give what was freed back to the system, where it can be asked to (glibc).
+
+    What sessions before this one have freed lies between what lives on.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # Types that numpy has; smaller weights are quicker copied than kept track of.
@@ -326,39 +339,43 @@ def save(model: ir.Model, path: str | os.PathLike[str], beside: bool = False) ->
 
 
 def _write(model: ir.Model, path: pathlib.Path) -> None:
-    """Write ``model`` into one file, its large weights one by one.
-
-    Protobuf would hold all of them twice. The message is the same but for the order of the weights.
-    """
-    light, large = model.clone(), list[ir.TensorProtocol]()
-    for value in light.graph.initializers.values():
+    """Write ``model`` into one file, the message that protobuf would hold twice on the way."""
+    light, large = model.clone(), dict[str, ir.TensorProtocol]()
+    for name, value in light.graph.initializers.items():
         tensor = value.const_value
-        if tensor is not None and tensor.nbytes >= _LEAST_SHARED:
-            large.append(tensor)
-            value.const_value = _elsewhere(tensor, value.name or "")
+        if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes < _LEAST_SHARED:
+            continue
+        large[name] = tensor
+        value.const_value = _elsewhere(tensor, name)
     head: Any = ir.to_proto(light)
-    here = [t for t in head.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+    weights = list(head.graph.initializer)
     head.graph.ClearField("initializer")
-    head.graph.initializer.extend(here)
     nodes: bytes = head.graph.SerializeToString()
     head.ClearField("graph")
-
-    def tagged(field: int, length: int) -> bytes:
-        return _varint(field << 3 | 2) + _varint(length)
-
-    def message(tensor: ir.TensorProtocol) -> Any:
-        return ir.to_proto(tensor)
-
-    inside = onnx.GraphProto.INITIALIZER_FIELD_NUMBER
-    lengths = [message(tensor).ByteSize() for tensor in large]
-    whole = len(nodes) + sum(len(tagged(inside, length)) + length for length in lengths)
+    parts: list[tuple[bytes, ir.TensorProtocol | None]] = [(nodes, None)]
+    for weight in weights:
+        tensor = large.get(weight.name)
+        if tensor is not None:
+            weight.ClearField("external_data")
+            weight.ClearField("data_location")
+        start: bytes = weight.SerializeToString()
+        if tensor is not None:
+            start += _tag(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, tensor.nbytes)
+        length = len(start) + (0 if tensor is None else tensor.nbytes)
+        parts.append((_tag(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, length) + start, tensor))
+    whole = sum(len(start) + (0 if tensor is None else tensor.nbytes) for start, tensor in parts)
     with open(path, "wb") as file:
         file.write(head.SerializeToString())
-        file.write(tagged(onnx.ModelProto.GRAPH_FIELD_NUMBER, whole))
-        file.write(nodes)
-        for tensor, length in zip(large, lengths, strict=True):
-            file.write(tagged(inside, length))
-            file.write(message(tensor).SerializeToString())
+        file.write(_tag(onnx.ModelProto.GRAPH_FIELD_NUMBER, whole))
+        for start, tensor in parts:
+            file.write(start)
+            if tensor is not None:
+                file.write(tensor.tobytes())
+
+
+def _tag(field: int, length: int) -> bytes:
+    """What protobuf writes in front of ``length`` bytes of ``field``."""
+    return _varint(field << 3 | 2) + _varint(length)
 
 
 def _varint(number: int) -> bytes:

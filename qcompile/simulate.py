@@ -173,11 +173,12 @@ def _sqnr_of(
             if np.shape(wanted[name]) != np.shape(actual[name]):
                 continue
             compared.add(name)
-            reference = np.asarray(wanted[name], np.float64)
+            # In place: the largest value of a model may be large.
+            squares, noises = (np.array(a, np.float64) for a in (wanted[name], actual[name]))
             with np.errstate(invalid="ignore", over="ignore"):  # the ratio of those is NaN
-                noises = (np.asarray(actual[name], np.float64) - reference) ** 2
-                signal[name] += float(np.sum(reference**2))
-                noise[name] += float(np.sum(noises))
+                noises -= squares
+                noise[name] += float(np.sum(np.square(noises, out=noises)))
+                signal[name] += float(np.sum(np.square(squares, out=squares)))
     return {name: ratio(signal[name], noise[name]) for name in names if name in compared}
 
 
