@@ -37,7 +37,7 @@ class Gptaq(Pass):
     ``F`` [rows, K] is what the layer reads in the float model and ``X`` what it reads behind layers
     that are rounded already, on the grid of its own input. The weight moves to ``W' = W (F^T X + d)
     (X^T X + d)^-1``, and the codes are those of gptq for ``W'`` and ``X^T X``. The scales stay as
-    they were decided.
+    they were decided, or are searched as by gptq.
 
     Layers that share a weight, of another kind than Conv and linear, or that the target keeps in
     float are left as they were, and counted.
@@ -52,6 +52,7 @@ class Gptaq(Pass):
       eighth that other fits keep apart is not.
     * ``mixup``: where there are fewer than ``samples``, blends of two make up for some (see
       ``qcompile.mixup``), if all inputs are floats and no state is carried.
+    * ``rescale``: as in gptq.
     * ``exclude``: globs over the names and operator types of layers.
 
     With ``--resume`` an interrupted run goes on behind the last layer that was fitted.
@@ -70,6 +71,7 @@ class Gptaq(Pass):
     samples: int = 64
     rows: int = 128
     mixup: bool = False
+    rescale: bool = False
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -100,6 +102,8 @@ class Gptaq(Pass):
                     fit = functools.partial(self._fitted, prefix, parts[number], layer, apart)
                     arrays = ctx.checkpoint(layer.name, fit)
                     quantized.codes[quantized.key(layer)] = arrays["codes"]
+                    if "scale" in arrays:
+                        quantized.scales[quantized.key(layer)] = arrays["scale"]
                     if "bias" in arrays:
                         quantized.biases[layer.name] = arrays["bias"]
                     done += 1
@@ -118,14 +122,17 @@ class Gptaq(Pass):
         job = gptq.job(quantized.model, layer, seen.gram(biased))
         ridge = best_ridge(job.weight, *folds, biased)
         goal = dataclasses.replace(job, weight=moved(job.weight, seen, ridge, biased))
-        codes, _ = gptq.fitted(goal, self.damping)
-        arrays: Sample = {"codes": patches.from_matrix(layer, codes)}
+        found = gptq.fitted(goal, self.damping, self.rescale)
+        scale = job.scale if found.scale is None else found.scale
+        arrays: Sample = {"codes": patches.from_matrix(layer, found.codes)}
+        if found.scale is not None:
+            arrays["scale"] = patches.from_matrix(layer, scale)
         if layer.bias is not None and biased:
             bias = graph.constant(layer.bias.value)
-            rounded = codes * job.scale.astype(np.float64)
-            wanted, found = seen.means()
-            lost = np.einsum("gnk,gk->gn", job.weight, wanted)
-            lost = lost - np.einsum("gnk,gk->gn", rounded, found)
+            rounded = found.codes * scale.astype(np.float64)
+            means = seen.means()
+            lost = np.einsum("gnk,gk->gn", job.weight, means[0])
+            lost = lost - np.einsum("gnk,gk->gn", rounded, means[1])
             arrays["bias"] = (bias + lost.reshape(bias.shape)).astype(bias.dtype)
         return arrays
 

@@ -21,7 +21,7 @@ import scipy.linalg
 from qcompile import decisions, graph, patches
 from qcompile.calibrate import GRAM_BYTES, LARGEST_GRAM, Gram
 from qcompile.graph import Layer
-from qcompile.numerics import Codes, Floats
+from qcompile.numerics import Codes, Floats, Grid
 from qcompile.pipeline import Context, Pass, Stats
 from qcompile.spec import TensorSpec
 
@@ -40,13 +40,17 @@ class Gptq(Pass):
     ``H^-1 = U^T U``: column ``k`` is rounded, and ``(w_k - s q_k) U[k, j] / U[k, k]`` is taken from
     each column ``j`` behind it. Columns are taken in the order of falling ``H[k, k]``.
 
-    The codes are written beside the weight, whose scale stays as it was decided. No row is worse
-    than rounded to the nearest, on the samples seen. Layers without a decided weight, of another
+    The codes are written beside the weight, whose scale stays as it was decided, or is searched
+    with the rounding: ``s`` times each of RESCALED gives codes ``Q``, and these the scales, of a
+    channel or of each of its blocks, for which ``tr((W - sQ) H (W - sQ)^T)`` is least. No row is
+    worse than with the scale that was decided, and none worse than rounded to the nearest, on the
+    samples seen. Layers without a decided weight, of another
     kind than Conv and linear, above 8192 columns, or with a zero point are left alone and counted.
 
     * ``damping``: share of the mean of the diagonal that is added to it, above 0.
     * ``samples``: how many calibration samples are used at most.
     * ``rows``: rows of ``X`` of each sample that are used at most; about 50 a column in all.
+    * ``rescale``: whether scales are searched, where they are of channels or blocks.
     * ``exclude``: globs over the names and operator types of layers.
     """
 
@@ -60,6 +64,7 @@ class Gptq(Pass):
     damping: float = 0.01
     samples: int = 64
     rows: int = 128
+    rescale: bool = False
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -73,17 +78,20 @@ class Gptq(Pass):
         shared: dict[tuple[ir.Value, TensorSpec | None], list[Layer]] = {}
         for layer in chosen:
             shared.setdefault((layer.weight.value, layer.weight.spec), []).append(layer)
-        fit = functools.partial(fitted, damping=self.damping)
+        fit = functools.partial(fitted, damping=self.damping, rescale=self.rescale)
         rows = nearest = 0
         for part in _portions(list(shared.values())):
             layers = [layer for readers in part for layer in readers]
             grams = ctx.data().grams(model, layers, self.samples, self.rows)
             jobs = (_job(model, readers, grams) for readers in part)
             done = ctx.map(fit, jobs, "gptq", len(part))
-            for readers, (codes, kept) in zip(part, done, strict=True):
-                decisions.write_codes(model, readers, patches.from_matrix(readers[0], codes))
-                nearest += kept
-                rows += codes.shape[0] * codes.shape[1]
+            for readers, found in zip(part, done, strict=True):
+                if found.scale is not None:
+                    scale = patches.from_matrix(readers[0], found.scale)
+                    decisions.write_scale(model, readers, scale)
+                decisions.write_codes(model, readers, patches.from_matrix(readers[0], found.codes))
+                nearest += found.nearest
+                rows += math.prod(found.codes.shape[:2])
         return {
             "layers": len(chosen),
             "rows": rows,
@@ -118,13 +126,26 @@ def _portions(shared: Sequence[list[Layer]]) -> Iterator[list[list[Layer]]]:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """``weight`` and ``scale`` [groups, N, K], ``gram`` [groups, K, K], of a grid low to high."""
+    """``weight`` and ``scale`` [groups, N, K], ``gram`` [groups, K, K], of a grid low to high.
+
+    ``block`` columns of a row share a scale; None if rows share theirs.
+    """
 
     weight: Floats
     scale: Floats
     gram: Doubles
     low: int
     high: int
+    block: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """``codes`` [groups, N, K], ``scale`` likewise if it is another, and rows kept ``nearest``."""
+
+    codes: Codes
+    scale: Floats | None
+    nearest: int
 
 
 def _job(model: ir.Model, readers: Sequence[Layer], grams: Mapping[str, Gram]) -> Job:
@@ -140,16 +161,56 @@ def job(model: ir.Model, layer: Layer, gram: Doubles) -> Job:
     weight = graph.finite_weight(layer).astype(np.float32, copy=False)
     grid = decisions.grid(model, layer.weight.spec, layer.weight.value.dtype)
     scale, _ = grid.each(weight.shape)
+    matrix = patches.to_matrix(layer, weight)
     return Job(
-        patches.to_matrix(layer, weight), patches.to_matrix(layer, scale), gram,
-        grid.format.low, grid.format.high,
+        matrix, patches.to_matrix(layer, scale), gram, grid.format.low, grid.format.high,
+        _shared(layer, grid, weight, matrix.shape[2]),
     )  # fmt: skip
 
 
-def fitted(job: Job, damping: float) -> tuple[Codes, int]:
-    """Codes [groups, N, K], and how many rows are rounded to the nearest."""
+def _shared(layer: Layer, grid: Grid, weight: Floats, columns: int) -> int | None:
+    """How many columns of a row share a scale; None if rows share theirs."""
+    if grid.axis is None:
+        return None
+    axis = grid.axis % weight.ndim
+    if grid.block is None:
+        return columns if axis == layer.channel_axis % weight.ndim else None
+    return grid.block if axis == layer.reduce_axis % weight.ndim else None
+
+
+# What scales are multiplied with, before they become the best for the codes that come of it.
+RESCALED = (0.75, 0.85, 0.95, 1.05)
+
+
+def fitted(job: Job, damping: float, rescale: bool = False) -> Fitted:
+    """The codes of ``job``, with the scales as they are or as good as are found for each row."""
+    codes = _codes(job, damping)
+    plain = _nearest(job)
+    best = power(job.weight - codes * job.scale.astype(np.float64), job.gram)
+    kept = best >= power(job.weight - plain * job.scale.astype(np.float64), job.gram)
+    codes[kept] = plain[kept]
+    if not (rescale and job.block):
+        return Fitted(codes, None, int(kept.sum()))
+    scale = job.scale.copy()
+    for factor in RESCALED:
+        goal = dataclasses.replace(job, scale=job.scale * np.float32(factor))
+        found = _codes(goal, damping)
+        scales = _projected(goal, found)
+        lost = power(job.weight - found * scales.astype(np.float64), job.gram)
+        better = lost < best
+        best[better], kept[better] = lost[better], False
+        codes[better], scale[better] = found[better], scales[better]
+    return Fitted(codes, scale, int(kept.sum()))
+
+
+def _nearest(job: Job) -> Codes:
+    codes = np.rint(job.weight.astype(np.float64) / job.scale)
+    return np.clip(codes, job.low, job.high).astype(np.int32)
+
+
+def _codes(job: Job, damping: float) -> Codes:
+    """Codes [groups, N, K], column after column."""
     weight, scale = job.weight.astype(np.float64), job.scale.astype(np.float64)
-    nearest = np.clip(np.rint(weight / scale), job.low, job.high)
     diagonal = np.einsum("gkk->gk", job.gram)
     mean = diagonal.mean(axis=1)[:, None, None]
     mean[mean == 0] = 1.0  # an input that is always zero: no error shows, and the nearest is kept
@@ -160,10 +221,44 @@ def fitted(job: Job, damping: float) -> tuple[Codes, int]:
     left, steps = np.take_along_axis(weight, order, 2), np.take_along_axis(scale, order, 2)
     codes = np.empty_like(left)
     np.put_along_axis(codes, order, _rounded(left, steps, factor, job.low, job.high), 2)
-    fitted, plain = (_power(weight - c * scale, job.gram) for c in (codes, nearest))
-    kept = fitted >= plain
-    codes[kept] = nearest[kept]
-    return codes.astype(np.int32), int(kept.sum())
+    return codes.astype(np.int32)
+
+
+# Of the diagonal of what is solved, towards scales as they are; and how far these may move.
+_RIDGE, _FURTHEST = 0.01, 2.0
+# Numbers of an array for the rows that are solved at once.
+_AT_ONCE = 1 << 22
+
+
+def _projected(job: Job, codes: Codes) -> Floats:
+    """The scales for which ``codes`` are nearest to the weight, each of ``job.block`` columns.
+
+    With ``q_b`` what block ``b`` of a row multiplies to: the ``f`` of ``(w - sum_b f_b q_b) H (w -
+    sum_b f_b q_b)^T``, which solve ``(Q H Q^T) f = Q H w^T`` with the ``q_b`` as rows of ``Q``.
+    """
+    groups, rows, columns = job.weight.shape
+    assert job.block is not None
+    blocks = columns // job.block
+    scale = np.empty_like(job.scale)
+    gram = job.gram.reshape(groups, blocks, job.block, columns)
+    step = max(_AT_ONCE // (groups * blocks * columns), 1)
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        rounded = codes[:, part] * job.scale[:, part].astype(np.float64)
+        split = rounded.reshape(groups, -1, blocks, job.block)
+        tilted: Doubles = np.einsum("gnbk,gbkj->gnbj", split, gram, optimize=True)
+        goal = np.einsum("gnbj,gnj->gnb", tilted, job.weight[:, part].astype(np.float64))
+        square = np.einsum(
+            "gnbck,gnck->gnbc", tilted.reshape(*split.shape[:3], *split.shape[2:]), split
+        )
+        diagonal = np.einsum("gnbb->gnb", square).copy()
+        diagonal[diagonal <= 0] = 1.0  # codes of zeros, for which any scale does
+        square += _RIDGE * diagonal[..., None] * np.eye(blocks)
+        library: Any = np.linalg  # partly untyped
+        found: Doubles = library.solve(square, (goal + _RIDGE * diagonal)[..., None])[..., 0]
+        moved = np.repeat(np.clip(found, 1 / _FURTHEST, _FURTHEST), job.block, axis=2)
+        scale[:, part] = job.scale[:, part] * moved
+    return scale
 
 
 def _rounded(left: Doubles, scale: Doubles, factor: Doubles, low: int, high: int) -> Doubles:
@@ -196,6 +291,6 @@ def _inverse_factor(matrix: Doubles) -> Doubles:
     return np.triu(factor)[None]
 
 
-def _power(error: Doubles, gram: Doubles) -> Doubles:
+def power(error: Doubles, gram: Doubles) -> Doubles:
     """``e H e^T`` of each row ``e``, [groups, N]."""
     return np.einsum("gnk,gnk->gn", error @ gram, error)

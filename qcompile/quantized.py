@@ -17,7 +17,7 @@ from qcompile.backends.base import Target
 from qcompile.backends.lowering import Rounding, Roundings
 from qcompile.blocks import Block
 from qcompile.graph import Layer
-from qcompile.numerics import Codes
+from qcompile.numerics import Codes, Floats, Grid
 
 Map = Callable[[Tensor], Tensor]
 # By node and index of an input, and by value: what TorchGraph takes.
@@ -49,9 +49,10 @@ class Gain:
 class Quantized:
     """A decided model as a target rounds it, and what fits have found so far.
 
-    ``codes`` are those of weights by key, ``biases`` those of layers by name, ``factors`` what
-    ranges are to be multiplied with, by the value that owns the range, and ``gains`` what each
-    layer writes is to be changed with, by its name.
+    ``codes`` are those of weights by key, ``scales`` other ones than were decided, of each element
+    of such weights, ``biases`` those of layers by name, ``factors`` what ranges are to be
+    multiplied with, by the value that owns the range, and ``gains`` what each layer writes is to be
+    changed with, by its name.
     """
 
     def __init__(self, model: ir.Model, target: Target, device: str = "cpu") -> None:
@@ -59,6 +60,7 @@ class Quantized:
         self.device = device
         self.roundings: Roundings = target.roundings(model)
         self.codes: dict[Key, Codes] = {}
+        self.scales: dict[Key, Floats] = {}
         self.factors: dict[str, float] = {}
         self.biases: dict[str, npt.NDArray[Any]] = {}
         self.gains: dict[str, Gain] = {}
@@ -97,12 +99,20 @@ class Quantized:
         found = self.biases.get(layer.name)
         return decisions.bias(self.model, layer) if found is None else found
 
+    def grid(self, layer: Layer) -> Grid:
+        """The grid of the weight of ``layer``, its scale fitted here or as decided."""
+        decided, dtype = layer.weight.spec, layer.weight.value.dtype
+        assert decided is not None
+        grid, scale = decisions.grid(self.model, decided, dtype), self.scales.get(self.key(layer))
+        if scale is None:
+            return grid
+        fitted = dataclasses.replace(grid, scale=decisions.gathered(scale, decided))
+        return decisions.in_type(fitted, dtype)
+
     def weight(self, layer: Layer) -> rounding.Weight:
         """The weight of ``layer`` with logits to fit."""
-        decided = layer.weight.spec
-        assert decided is not None
         array = graph.finite_weight(layer).astype(np.float32, copy=False)
-        grid = decisions.grid(self.model, decided, layer.weight.value.dtype)
+        grid = self.grid(layer)
         scale, _ = grid.each(array.shape)
         low, high = grid.format.low, grid.format.high
         return rounding.Weight(array, scale, self.codes_of(layer), low, high, self.device)
@@ -171,7 +181,10 @@ class Quantized:
             # Read first: a fitted bias goes when other decisions are written.
             found = [(layer, self.bias(layer), self._is_fitted(layer)) for layer in layers]
             if key in self.codes or any(layer.name in self.gains for layer in layers):
-                decisions.write_codes(self.model, layers, self.codes_of(layers[0]))
+                codes = self.codes_of(layers[0])
+                if key in self.scales:
+                    decisions.write_scale(self.model, layers, self.scales[key])
+                decisions.write_codes(self.model, layers, codes)
             for layer, bias, fitted in found:
                 gain = self.gains.get(layer.name)
                 if gain is not None:
@@ -215,10 +228,7 @@ class Quantized:
         return alone and known and not scaled and layer.kind in ("conv", "depthwise", "linear")
 
     def _hard(self, layer: Layer) -> Callable[[], Tensor]:
-        decided = layer.weight.spec
-        assert decided is not None
-        grid = decisions.grid(self.model, decided, layer.weight.value.dtype)
-        found = rounding.tensor(grid.dequantize(self.codes_of(layer)), self.device)
+        found = rounding.tensor(self.grid(layer).dequantize(self.codes_of(layer)), self.device)
         return lambda: found
 
     def _activation(
