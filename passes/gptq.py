@@ -195,7 +195,7 @@ def fitted(job: Job, damping: float, rescale: bool = False) -> Fitted:
     for factor in RESCALED:
         goal = dataclasses.replace(job, scale=job.scale * np.float32(factor))
         found = _codes(goal, damping)
-        scales = _projected(goal, found)
+        scales = projected(goal, found)
         lost = power(job.weight - found * scales.astype(np.float64), job.gram)
         better = lost < best
         best[better], kept[better] = lost[better], False
@@ -230,7 +230,7 @@ _RIDGE, _FURTHEST = 0.01, 2.0
 _AT_ONCE = 1 << 22
 
 
-def _projected(job: Job, codes: Codes) -> Floats:
+def projected(job: Job, codes: Codes) -> Floats:
     """The scales for which ``codes`` are nearest to the weight, each of ``job.block`` columns.
 
     With ``q_b`` what block ``b`` of a row multiplies to: the ``f`` of ``(w - sum_b f_b q_b) H (w -

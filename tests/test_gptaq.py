@@ -39,12 +39,24 @@ def test_the_error_of_a_network_on_other_data_is_less(
     assert other < 0.6 * one
 
 
-def test_the_error_falls_as_bits_rise() -> None:
+@pytest.mark.parametrize("name", [fashion.CNN, fashion.VIT])
+def test_scales_that_are_searched_lower_the_error_on_other_data(name: str) -> None:
+    data, found = fits.calibration(64), list[float]()
+    for option in ("", "{rescale=true}"):
+        model = fits.shipped(name)
+        reference = model.clone()
+        fits.run(model, f"calibrate,quantize{{weight=int3}},gptaq{option}", data)
+        found.append(fits.noise(reference, model, data.judges))
+    assert found[1] < 0.95 * found[0]
+
+
+@pytest.mark.parametrize("option", ["", "{rescale=true}"])
+def test_the_error_falls_as_bits_rise(option: str) -> None:
     found: list[float] = []
     for bits in (2, 3, 4, 8):
         model = graphs.graph(graphs.CHAIN)
         reference, data = model.clone(), fits.correlated(model)
-        fits.run(model, f"calibrate,quantize{{weight=int{bits}}},gptaq", data)
+        fits.run(model, f"calibrate,quantize{{weight=int{bits}}},gptaq{option}", data)
         found.append(fits.noise(reference, model, data.judges))
     assert found == sorted(found, reverse=True) and found[0] > 10 * found[-1]
 
@@ -103,7 +115,7 @@ def test_the_same_run_makes_the_same_codes() -> None:
 def test_a_killed_run_goes_on_at_its_layer_and_ends_in_the_same_bytes(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passes = f"{fits.FOUR},gptaq{{samples=8}},insert-qdq"
+    passes = f"{fits.FOUR},gptaq{{samples=8 rescale=true}},insert-qdq"
     fits.resumes(tmp_path, monkeypatch, passes, behind=3)
 
 

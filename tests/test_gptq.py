@@ -22,6 +22,7 @@ from qcompile import decisions, graph, patches, pipeline, registry, simulate, te
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.calibrate import Calibration
 from qcompile.errors import PassError
+from qcompile.passes import gptq
 from qcompile.passes.gptq import Gptq
 from qcompile.pipeline import Context
 from qcompile.sources import Data, Sample
@@ -78,6 +79,50 @@ def test_no_row_is_worse_than_rounded_to_the_nearest(source: str, bits: int) -> 
     assert len(other) and (other <= one * (1 + 1e-5) + 1e-9).all()
 
 
+# Of a weight that layers share, it is the sum over them that falls.
+@pytest.mark.parametrize("source", [source for source in EVERY if source != SHARED])
+@pytest.mark.parametrize("granularity", ["channel", "block block=8"])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_no_row_is_worse_for_scales_that_are_searched(
+    source: str, granularity: str, bits: int
+) -> None:
+    decide = f"quantize{{weight=int{bits} input=float granularity={granularity}}}"
+    found: list[npt.NDArray[np.float64]] = []
+    for option in ("", "{rescale=true}"):
+        model = graphs.graph(source)
+        calibration = correlated(model)
+        run(model, f"{decide},gptq{option}", calibration)
+        found.append(errors(model, calibration))
+    one, other = found
+    assert (other <= one * (1 + 1e-5) + 1e-9).all() and other.sum() < one.sum()
+
+
+def test_a_scale_for_all_is_not_searched() -> None:
+    found: list[str] = []
+    for option in ("", "{rescale=true}"):
+        model = graphs.graph(WIDE)
+        decide = "quantize{weight=int4 input=float granularity=tensor}"
+        run(model, f"{decide},gptq{option}", correlated(model))
+        found.append(text.render(model, weights=True))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("block", [4, 8, 32])
+def test_the_scales_are_those_of_least_squares(block: int) -> None:
+    rng = np.random.default_rng(block)
+    codes = rng.integers(-8, 8, (1, 5, 32)).astype(np.int32)
+    scale = np.repeat(rng.uniform(0.5, 1.5, (1, 5, 32 // block)), block, axis=2)
+    rows = rng.standard_normal((200, 32))
+    weight = (codes * scale).astype(np.float32)
+    # From another start the scales of the weight come back, but for the ridge.
+    start = np.ones_like(weight)
+    job = gptq.Job(weight, start, (rows.T @ rows / 200)[None], -8, 7, block)
+    found = gptq.projected(job, codes)
+    np.testing.assert_allclose(found, scale, rtol=0.02)
+    step = found[:, :, ::block] - found[:, :, block - 1 :: block]
+    assert (step == 0).all()
+
+
 @pytest.mark.parametrize("granularity", ["channel", "tensor", "block block=8"])
 def test_where_columns_hang_together_the_error_is_much_less(granularity: str) -> None:
     decide = f"quantize{{weight=int4 input=float granularity={granularity}}}"
@@ -132,6 +177,26 @@ def test_only_codes_are_added() -> None:
         "-%y: f32[2,3] = MatMul(%x{int8 asymmetric}, %w{int8 axis=1})",
         "+%y: f32[2,3] = MatMul(%x{int8 asymmetric}, %w{int8 axis=1 fitted})",
     ]
+
+
+def test_scales_that_are_searched_are_written_beside_the_codes() -> None:
+    model = graphs.graph(graphs.LINEAR)
+    calibration = correlated(model)
+    run(model, "quantize{weight=int3 input=float}", calibration)
+    before = text.render(model)
+    run(model, "gptq{rescale=true}", calibration)
+    changed = text.changes(before, text.render(model))
+    assert [line[0] for line in changed if "/fitted" not in line and "/scale" not in line] == [
+        "-", "+",
+    ]  # fmt: skip
+    [layer] = graph.layers(model)
+    decided = layer.weight.spec
+    assert decided is not None
+    feeds = graphs.samples(model)[0]
+    wanted = feeds["x"] @ decisions.rounded(model, layer.weight.value, decided)
+    np.testing.assert_allclose(
+        simulate.simulate(model, OrtCpu()).run(feeds)["y"], wanted, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_what_is_not_decided_or_has_no_matrix_is_left_alone() -> None:
