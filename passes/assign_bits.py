@@ -68,8 +68,9 @@ class AssignBits(Pass):
     Under ``latency`` the whole model is profiled once in every choice, so that each layer is timed
     where it stands, and what is predicted is the sum over layers, what lies between them, and the
     borders between integers and floats (a cut: see ``solve``). Whole models as lowered are then run
-    in turn with float, and what is aimed at is corrected by what they show until the budget is met
-    by measurement. What is measured differs from run to run, and so may the choice;
+    in turn with float, and what each layer in float takes among integers is corrected by what they
+    show, until the budget is met by measurement, with little of it left. What is measured differs
+    from run to run, and so may the choice;
     ``pipeline.txt`` has the one that was made. Targets that do not run here refuse it: without
     their clock there is ``bops``, which is exact.
 
