@@ -32,7 +32,7 @@ class Calibrate(Pass):
     * ``percentile``: above 50, up to 100; of ``method=percentile``.
     * ``bits``: of the grid of ``mse``, ``pnorm`` and ``entropy``, over a histogram of 2048 bins.
 
-    A histogram spans the extremes. It counts about 4 million numbers of a picture, every few pixels
+    A histogram spans the extremes. It counts about 8 million numbers of a picture, every few pixels
     of all samples, and of another value all numbers of about 128 samples.
     """
 

@@ -34,9 +34,9 @@ JUDGES = 16
 # At most about this many samples decide whether a fit is kept.
 APART = 32
 # A histogram counts at least this many numbers of a picture, of all samples alike, if it has them;
-# 1e-5 of them are 40. What is no picture has its few large numbers at few places, and is counted
+# 1e-5 of them are 80. What is no picture has its few large numbers at few places, and is counted
 # whole, of about this many samples.
-COUNTED, WHOLE = 1 << 22, 128
+COUNTED, WHOLE = 1 << 23, 128
 # A gram of this many columns takes half a GiB.
 LARGEST_GRAM = 8192
 # Rows, or numbers in all groups, that are multiplied at once: a product of fewer rows takes no less

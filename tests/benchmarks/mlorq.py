@@ -1,17 +1,19 @@
 """MLoRQ under a budget: products of low rank and widths, widths alone, one width, by one rounding.
 
-    python tests/benchmarks/mlorq.py [--quick] [--only WORD] [--seeds N] [--json FILE]
+    python tests/benchmarks/mlorq.py [--quick] [--only WORD] [--choices WORD ...] [--seeds N]
+        [--json FILE]
 
 Weights alone are quantized, activations are float, one scale a channel, ranges by mean squared
 error, then gptq; all rows of a model differ in the widths only. Bits are those of codes on average
-over all Convs and linear layers (none is exempt), MB what is stored in types of 4 and 8 bits with
-scales. The surrogate is summed noise-to-signal with each layer alone rounded, by gptq as well, from
-a whole table, in which every candidate of a smaller set is one of the larger. Passes are forward
-passes over the samples against one for each width of each layer. SQNR is over all judge samples
-together, which calibrated nothing, with a 95 % interval of a bootstrap over them. The slope is that
-of the logarithm of the singular values against that of their number, the median over the layers:
-low rank pays only where spectra decay (about -1 and below). ``--quick`` takes the shipped models
-with fewer samples. Nothing is drawn at random but the bootstrap.
+over all Convs and linear layers (none is exempt), MB what is stored in types of 2, 4 and 8 bits
+with scales; *mixed, as stored* has what 4 bits store as its budget, in place of bits. The surrogate
+is summed noise-to-signal with each layer alone rounded, by gptq as well, from a whole table, in
+which every candidate of a smaller set is one of the larger. Passes are forward passes over the
+samples against one for each width of each layer. SQNR is over all judge samples together, which
+calibrated nothing, with a 95 % interval of a bootstrap over them. The slope is that of the
+logarithm of the singular values against that of their number, the median over the layers: low rank
+pays only where spectra decay (about -1 and below). ``--quick`` takes the shipped models with fewer
+samples. Nothing is drawn at random but the bootstrap.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from qcompile.pipeline import Context
 from qcompile.ports import inputs_of
 from qcompile.sources import load
 
+# Widths under a budget of stored bytes, those of 4 bits for all.
+STORED = "mixed, as stored"
 FRONT, BEHIND = "simplify,recompose,fold-bn", ",gptq{damping=0.1},insert-qdq"
 
 
@@ -72,9 +76,17 @@ def choices(budget: float, methods: Sequence[str], options: str) -> dict[str, st
 
 
 def measure(
-    work: Work, budgets: Sequence[float], methods: Sequence[str], quick: bool, seed: int
+    work: Work,
+    budgets: Sequence[float],
+    methods: Sequence[str],
+    quick: bool,
+    seed: int,
+    words: Sequence[str] = (),
 ) -> list[Row]:
-    """A row for each of ``methods`` and the one width, at each of ``budgets``."""
+    """A row for each of ``methods`` and the one width, at each of ``budgets``.
+
+    Of ``methods`` only those with one of ``words``, if there are any.
+    """
     model, target = capture(work.model), OrtCpu()
     data = Calibration(load(work.calibration, inputs_of(model)))
     reference, judges = Session(model.clone()), list(work.judge())[: 300 if quick else None]
@@ -88,7 +100,14 @@ def measure(
         if budget == int(budget):
             one = f"quantize{{weight=int{budget:g} input=float method=mse}}"
             listed = {"uniform": one.replace("weight=int8 ", ""), **listed}
+        if budget == 4:
+            listed[STORED] = ""  # its budget is what the first row stores
         for name, text in listed.items():
+            if name != "uniform" and words and not any(word in name for word in words):
+                continue
+            if name == STORED:
+                size = rows[-1 - [r.choice for r in reversed(rows)].index("uniform")].stored_mb
+                text = f"assign-bits{{budget=size={size:.6f}MB table=full{options}}}"
             decided = model.clone()
             # A calibration of its own, so that every row pays for what it measures.
             own = Context(calibration=Calibration(data.data), target=target, reference=model)
@@ -139,7 +158,11 @@ def claims(rows: Sequence[Row], seeds: int) -> list[Claim]:
 
     for (work, budget, choice), row in by.items():
         where = f"{work}, {choice}, {budget:g} bits"
-        if choice != "uniform":
+        if choice == STORED:
+            control = by[work, budget, "uniform"]
+            say(f"{where}: MB against one width", row.stored_mb, control.stored_mb, False)
+            say(f"{where}: SQNR against one width", row.sqnr, control.sqnr + 2.0, True, row)
+        elif choice != "uniform":
             say(f"{where}: within the budget", row.bits, budget, False)
         if choice in ("mixed", "fmpq") and row.trials >= 100:  # the run in float counts as well
             say(f"{where}: share of the passes of a table", row.share, 0.25, False)
@@ -180,6 +203,7 @@ def main() -> int:
     """Measure, print, write."""
     parser = common.parser(__doc__, quick="the shipped models only")
     parser.add_argument("--only", help="the models with this word in their names alone")
+    parser.add_argument("--choices", nargs="+", default=[], help="words in the names of choices")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the bootstrap")
     arguments = parser.parse_args()
     works = SHIPPED if arguments.quick else (*SHIPPED, MINILM, LITE0)
@@ -189,10 +213,11 @@ def main() -> int:
         methods = ("mixed", "mixed, whole table", "products", "greedy")
         methods = methods[:3] if arguments.quick else methods
         budgets = (3,) if arguments.quick else (3, 4)
-        rows += measure(work, budgets, methods, arguments.quick, arguments.seeds - 1)
+        chosen = arguments.choices
+        rows += measure(work, budgets, methods, arguments.quick, arguments.seeds - 1, chosen)
         if not arguments.quick:
             between = (5, 6, 8)
-            rows += measure(work, between, ("mixed",), False, arguments.seeds - 1)
+            rows += measure(work, between, ("mixed",), False, arguments.seeds - 1, chosen)
     said = claims(rows, arguments.seeds)
     return common.finish(said, arguments.json, [table(rows)], rows=rows)
 
