@@ -42,8 +42,9 @@ class Session:
     Args:
         model: the graph, or the path of a file.
         optimize: whether the runtime may rewrite the graph.
-        planned: whether the runtime plans memory and order ahead. It is quicker, and takes room at
-            once for all values that are asked for or wait to be reduced.
+        planned: whether the runtime plans memory and order ahead, in an arena that doubles where it
+            is full. It is quicker, and takes room at once for all values that are asked for or wait
+            to be reduced.
         threads: threads inside an operator; if None, those that this process may use.
         profile: the beginning of the path of a file that says what each node takes.
 
@@ -67,13 +68,9 @@ class Session:
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
         if not (planned and optimize):
-            options.enable_mem_pattern = False
+            options.enable_mem_pattern = options.enable_cpu_mem_arena = False
             options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
-        if not planned:
-            options.enable_cpu_mem_arena = False
         if not optimize:
-            # Such a session runs few samples, and an arena keeps room for all values at once.
-            options.enable_cpu_mem_arena = False
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._stack = contextlib.ExitStack()
         try:
