@@ -5,7 +5,7 @@
 
 One pipeline for all models: rotations where they pay, ranges by percentile, one scale a channel by
 mean squared error, first and last weights in 8 bits; rows of a model differ in the pass that fits,
-and some have channels equalized before.
+some have channels equalized before, or more rotations.
 The same with 8 bits stands below. SQNR is that of the output in simulation for ort-cpu, over all
 judge samples together, which calibrated nothing, with a 95 % interval of a bootstrap over them. A
 fit that draws (``mixup``) is run with each of ``--seeds``: the SQNR is the mean, the interval is
@@ -43,21 +43,24 @@ Array = npt.NDArray[np.float64]
 
 FOLDED = "simplify,recompose,fold-bn"
 RANGES = "smooth-hadamard{block=32},calibrate{method=percentile percentile=99.999}"
+# The rotations of @int8-best.
+MORE = RANGES.replace("block=32", "max-cost=15")
 EQUALIZED = "equalize{weight=int4 input=int8}"
 DECIDED = {
     4: "quantize{weight=int4 method=mse ends=int8}",
     8: "quantize",
 }
 _MIXUP = "gptaq{damping=0.3 rows=256 samples=128 mixup=true}"
+_RESCALED = _MIXUP.replace("}", " rescale=true}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """``passes`` fit what was decided, "" rounds to the nearest; ``front`` comes before ranges."""
+    """``passes`` fit what was decided, "" rounds to the nearest; ``front`` comes before that."""
 
     name: str
     passes: str
-    front: str = ""
+    front: str = RANGES
 
 
 # What fits, for each width.
@@ -68,8 +71,9 @@ FITS = {
         Fit("reconstruct", "reconstruct"),
         Fit("gptaq", "gptaq{damping=0.3 rows=256}"),
         Fit("gptaq, mixup", _MIXUP),
-        Fit("equalize, gptaq, mixup", _MIXUP, EQUALIZED),
-        Fit("equalize, gptaq, mixup, rescale", _MIXUP.replace("}", " rescale=true}"), EQUALIZED),
+        Fit("equalize, gptaq, mixup", _MIXUP, f"{EQUALIZED},{RANGES}"),
+        Fit("equalize, gptaq, mixup, rescale", _RESCALED, f"{EQUALIZED},{RANGES}"),
+        Fit("equalize, rotations, gptaq, mixup, rescale", _RESCALED, f"{EQUALIZED},{MORE}"),
         Fit(
             "gptaq, gains a channel",
             "gptaq{damping=0.3 rows=256},calibrate-affine{gains=channel rate=0.0003 steps=100}",
@@ -109,7 +113,7 @@ def measure(work: Work, quick: bool, seeds: int, words: Sequence[str]) -> list[R
         return made
 
     fronts = {
-        front: ",".join(filter(None, (FOLDED, front, RANGES)))
+        front: f"{FOLDED},{front}"
         for front in {fit.front for fits in FITS.values() for fit in fits}
     }
     ready = {front: run(model, text) for front, text in fronts.items()}
