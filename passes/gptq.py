@@ -2,7 +2,8 @@
 
 Source: GPTQ (Frantar et al., arXiv 2210.17323), with the scales that are decided already ("static
 groups") and columns in the order of their energy ("activation order"). Where we differ: a row for
-which the result is worse than rounding to the nearest is rounded to the nearest.
+which the result is worse than rounding to the nearest is rounded to the nearest, and scales may be
+searched with the rounding (our reconstruction).
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class Gptq(Pass):
     each column ``j`` behind it. Columns are taken in the order of falling ``H[k, k]``.
 
     The codes are written beside the weight, whose scale stays as it was decided, or is searched
-    with the rounding: ``s`` times each of RESCALED gives codes ``Q``, and these the scales, of a
-    channel or of each of its blocks, for which ``tr((W - sQ) H (W - sQ)^T)`` is least. No row is
+    with the rounding: ``s`` times 0.75, 0.85, 0.95 and 1.05 gives codes ``Q``, these the scales, of
+    a channel or of each of its blocks, for which ``tr((W - sQ) H (W - sQ)^T)`` is least. No row is
     worse than with the scale that was decided, and none worse than rounded to the nearest, on the
-    samples seen. Layers without a decided weight, of another
-    kind than Conv and linear, above 8192 columns, or with a zero point are left alone and counted.
+    samples seen. Layers without a decided weight, of another kind than Conv and linear, above 8192
+    columns, or with a zero point are left alone and counted.
 
     * ``damping``: share of the mean of the diagonal that is added to it, above 0.
     * ``samples``: how many calibration samples are used at most.
