@@ -70,9 +70,8 @@ class AssignBits(Pass):
     borders between integers and floats (a cut: see ``solve``). Whole models as lowered are then run
     in turn with float, and what each layer in float takes among integers is corrected by what they
     show, until the budget is met by measurement, with little of it left. What is measured differs
-    from run to run, and so may the choice;
-    ``pipeline.txt`` has the one that was made. Targets that do not run here refuse it: without
-    their clock there is ``bops``, which is exact.
+    from run to run, and so may the choice; ``pipeline.txt`` has the one that was made. Targets that
+    do not run here refuse it: without their clock there is ``bops``, which is exact.
 
     Trials of different layers are independent of each other and spread by ``ctx.map``; the rounds
     of a lazy table follow each other, since each measures what the choice before it rests on.

@@ -93,6 +93,7 @@ class Gptq(Pass):
                 decisions.write_codes(model, readers, patches.from_matrix(readers[0], found.codes))
                 nearest += found.nearest
                 rows += math.prod(found.codes.shape[:2])
+        graph.remove_dead(model)  # scales that others took the place of
         return {
             "layers": len(chosen),
             "rows": rows,
@@ -165,11 +166,11 @@ def job(model: ir.Model, layer: Layer, gram: Doubles) -> Job:
     matrix = patches.to_matrix(layer, weight)
     return Job(
         matrix, patches.to_matrix(layer, scale), gram, grid.format.low, grid.format.high,
-        _shared(layer, grid, weight, matrix.shape[2]),
+        _columns_a_scale(layer, grid, weight, matrix.shape[2]),
     )  # fmt: skip
 
 
-def _shared(layer: Layer, grid: Grid, weight: Floats, columns: int) -> int | None:
+def _columns_a_scale(layer: Layer, grid: Grid, weight: Floats, columns: int) -> int | None:
     """How many columns of a row share a scale; None if rows share theirs."""
     if grid.axis is None:
         return None

@@ -61,15 +61,10 @@ def write_scale(model: ir.Model, layers: Sequence[Layer], each: Floats) -> None:
     """Write the scale of the weight that ``layers`` share; ``each`` is that of each element."""
     decided = layers[0].weight.spec
     assert decided is not None
-    added = graph.add_constant(model, decided.scale, gathered(each, decided))
+    scale = grid(model, decided).rescaled(each).scale
+    added = graph.add_constant(model, decided.scale, scale)
     for layer in layers:
         layer.weight.decide(dataclasses.replace(decided, scale=added.name or ""))
-
-
-def gathered(each: Floats, decided: TensorSpec) -> Floats:
-    """The scales of channels or blocks, from those of ``each`` element."""
-    rows, shape = numerics.to_rows(each, decided.axis, decided.block)
-    return np.ascontiguousarray(rows[:, 0]).reshape(shape)
 
 
 def bias(model: ir.Model, layer: Layer) -> npt.NDArray[Any] | None:

@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 import onnxruntime
 from onnx_ir import serde
 
-from qcompile import sound
+from qcompile import message, sound
 from qcompile.errors import TargetError, reason
 
 runtime: Any = onnxruntime  # untyped
@@ -153,15 +152,8 @@ def _without_weights(model: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
             continue
         array = np.ascontiguousarray(tensor.numpy())
         shared[name] = runtime.OrtValue.ortvalue_from_numpy(array)
-        value.const_value = _elsewhere(tensor, name)
+        value.const_value = message.elsewhere(tensor, name)
     return light, shared
-
-
-def _elsewhere(tensor: ir.TensorProtocol, name: str) -> ir.ExternalTensor:
-    """What stands for ``tensor``, whose numbers are given apart."""
-    return ir.ExternalTensor(
-        "memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
-    )
 
 
 def _allowed() -> int:
@@ -330,58 +322,9 @@ def save(model: ir.Model, path: str | os.PathLike[str], beside: bool = False) ->
     if small:
         read_external(model)  # of a large model that became small, what stayed in its file
     if small and not beside:
-        _write(model, pathlib.Path(path))
+        message.write(model, pathlib.Path(path))
     else:
         library.save(model, path, external_data=f"{pathlib.Path(path).name}.data")
-
-
-def _write(model: ir.Model, path: pathlib.Path) -> None:
-    """Write ``model`` into one file, the message that protobuf would hold twice on the way."""
-    light, large = model.clone(), dict[str, ir.TensorProtocol]()
-    for name, value in light.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes < _LEAST_SHARED:
-            continue
-        large[name] = tensor
-        value.const_value = _elsewhere(tensor, name)
-    head: Any = ir.to_proto(light)
-    weights = list(head.graph.initializer)
-    head.graph.ClearField("initializer")
-    nodes: bytes = head.graph.SerializeToString()
-    head.ClearField("graph")
-    parts: list[tuple[bytes, ir.TensorProtocol | None]] = [(nodes, None)]
-    for weight in weights:
-        tensor = large.get(weight.name)
-        if tensor is not None:
-            weight.ClearField("external_data")
-            weight.ClearField("data_location")
-        start: bytes = weight.SerializeToString()
-        if tensor is not None:
-            start += _tag(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, tensor.nbytes)
-        length = len(start) + (0 if tensor is None else tensor.nbytes)
-        parts.append((_tag(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, length) + start, tensor))
-    whole = sum(len(start) + (0 if tensor is None else tensor.nbytes) for start, tensor in parts)
-    with open(path, "wb") as file:
-        file.write(head.SerializeToString())
-        file.write(_tag(onnx.ModelProto.GRAPH_FIELD_NUMBER, whole))
-        for start, tensor in parts:
-            file.write(start)
-            if tensor is not None:
-                file.write(tensor.tobytes())
-
-
-def _tag(field: int, length: int) -> bytes:
-    """What protobuf writes in front of ``length`` bytes of ``field``."""
-    return _varint(field << 3 | 2) + _varint(length)
-
-
-def _varint(number: int) -> bytes:
-    """``number``, not negative, as protobuf writes it."""
-    found = bytearray()
-    while number > 0x7F:
-        found.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes((*found, number))
 
 
 def fetch(model: ir.Model, values: Sequence[str]) -> ir.Model:

@@ -131,6 +131,11 @@ class Grid:
         zero = np.broadcast_to(self._spread(self.zero_point, len(shape)), blocks)
         return scale.reshape(shape), zero.reshape(shape)
 
+    def rescaled(self, each: Floats) -> Grid:
+        """This grid with the scale of each element of an array, which ``each`` would give."""
+        rows, shape = to_rows(each, self.axis, self.block)
+        return dataclasses.replace(self, scale=np.ascontiguousarray(rows[:, 0]).reshape(shape))
+
     def _blocks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """``shape`` with the axis of the blocks split into their number and ``block``."""
         if self.axis is None or self.block is None:

@@ -104,10 +104,7 @@ class Quantized:
         decided, dtype = layer.weight.spec, layer.weight.value.dtype
         assert decided is not None
         grid, scale = decisions.grid(self.model, decided, dtype), self.scales.get(self.key(layer))
-        if scale is None:
-            return grid
-        fitted = dataclasses.replace(grid, scale=decisions.gathered(scale, decided))
-        return decisions.in_type(fitted, dtype)
+        return grid if scale is None else decisions.in_type(grid.rescaled(scale), dtype)
 
     def weight(self, layer: Layer) -> rounding.Weight:
         """The weight of ``layer`` with logits to fit."""
@@ -168,6 +165,7 @@ class Quantized:
         """Forget what was found for these weights and ranges."""
         for key in codes:
             del self.codes[key]
+            self.scales.pop(key, None)
         for value in factors:
             del self.factors[value]
 

@@ -185,10 +185,13 @@ def test_scales_that_are_searched_are_written_beside_the_codes() -> None:
     run(model, "quantize{weight=int3 input=float}", calibration)
     before = text.render(model)
     run(model, "gptq{rescale=true}", calibration)
-    changed = text.changes(before, text.render(model))
-    assert [line[0] for line in changed if "/fitted" not in line and "/scale" not in line] == [
-        "-", "+",
-    ]  # fmt: skip
+    assert text.changes(before, text.render(model)) == [
+        "-w %w/scale: f32[3]",
+        "-%y: f32[2,3] = MatMul(%x, %w{int3 axis=1})",
+        "+w %w/fitted: i4[8,3]",
+        "+w %w/scale.1: f32[3]",
+        "+%y: f32[2,3] = MatMul(%x, %w{int3 axis=1 fitted})",
+    ]
     [layer] = graph.layers(model)
     decided = layer.weight.spec
     assert decided is not None

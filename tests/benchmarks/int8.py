@@ -201,11 +201,11 @@ def lines(
 
 
 def bootstrap(signal: Array, noise: Array, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the SQNR over resampled samples."""
+    """95 % interval of the SQNR over resampled samples; of its mean if ``noise`` has many rows."""
     rng = np.random.default_rng(seed)
     picks = rng.integers(0, len(signal), (1000, len(signal)))
-    drawn = 10 * np.log10(signal[picks].sum(axis=1) / noise[picks].sum(axis=1))
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    drawn = 10 * np.log10(signal[picks].sum(axis=1) / noise[..., picks].sum(axis=-1))
+    low, high = np.percentile(np.atleast_2d(drawn).mean(axis=0), [2.5, 97.5])
     return float(low), float(high)
 
 

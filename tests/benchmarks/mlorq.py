@@ -101,19 +101,20 @@ def measure(
             one = f"quantize{{weight=int{budget:g} input=float method=mse}}"
             listed = {"uniform": one.replace("weight=int8 ", ""), **listed}
         if budget == 4:
-            listed[STORED] = ""  # its budget is what the first row stores
+            listed[STORED] = ""  # its budget is what the one width stores
+        whole = 0.0
         for name, text in listed.items():
             if name != "uniform" and words and not any(word in name for word in words):
                 continue
             if name == STORED:
-                size = rows[-1 - [r.choice for r in reversed(rows)].index("uniform")].stored_mb
-                text = f"assign-bits{{budget=size={size:.6f}MB table=full{options}}}"
+                text = f"assign-bits{{budget=size={whole:.6f}MB table=full{options}}}"
             decided = model.clone()
             # A calibration of its own, so that every row pays for what it measures.
             own = Context(calibration=Calibration(data.data), target=target, reference=model)
             [step] = pipeline.run(decided, pipeline.parse(text, registry.passes()), own)
             bits = pareto.bits_of(model, decided)
             stored = pareto.stored_of(decided)
+            whole = stored / 1e6 if name == "uniform" else whole
             rest = pipeline.parse(BEHIND.strip(","), registry.passes())
             pipeline.run(decided, rest, context)
             signal, noise, _, _ = int8.powers(reference, Session(decided), judges)

@@ -5,13 +5,12 @@
 
 One pipeline for all models: rotations where they pay, ranges by percentile, one scale a channel by
 mean squared error, first and last weights in 8 bits; rows of a model differ in the pass that fits,
-some have channels equalized before, or more rotations.
-The same with 8 bits stands below. SQNR is that of the output in simulation for ort-cpu, over all
-judge samples together, which calibrated nothing, with a 95 % interval of a bootstrap over them. A
-fit that draws (``mixup``) is run with each of ``--seeds``: the SQNR is the mean, the interval is
-that of the mean, and ``seeds`` are its values.
-Codes of 4 bits are stored in 8 and run in int8 kernels: no speed is claimed. ``--quick`` takes the
-shipped models, fewer pictures and fewer steps.
+some have channels equalized before, or more rotations. The same with 8 bits stands below. SQNR is
+that of the output in simulation for ort-cpu, over all judge samples together, which calibrated
+nothing, with a 95 % interval of a bootstrap over them. A fit that draws (``mixup``) is run with
+each of ``--seeds``: the SQNR is the mean, the interval is that of the mean, and ``seeds`` are its
+values. Codes of 4 bits are stored in 8 and run in int8 kernels: no speed is claimed. ``--quick``
+takes the shipped models, fewer pictures and fewer steps.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from collections.abc import Sequence
 import common
 import int8
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from common import Claim
 from int8 import LITE0, MINILM, SHIPPED, Work
@@ -38,8 +36,6 @@ from qcompile.execute import Session
 from qcompile.pipeline import Context
 from qcompile.ports import inputs_of
 from qcompile.sources import load
-
-Array = npt.NDArray[np.float64]
 
 FOLDED = "simplify,recompose,fold-bn"
 RANGES = "smooth-hadamard{block=32},calibrate{method=percentile percentile=99.999}"
@@ -134,27 +130,15 @@ def measure(work: Work, quick: bool, seeds: int, words: Sequence[str]) -> list[R
                 int8.powers(reference, simulate.simulate(made, target), judges) for made in decided
             ]
             signal, noises = found[0][0], np.stack([noise for _, noise, _, _ in found])
-            every = np.arange(len(signal))[None]
+            each = 10 * np.log10(signal.sum() / noises.sum(axis=1))
             rows.append(
                 Row(
                     work.name, bits, fit.name, f"{fronts[fit.front]},{wanted},insert-qdq",
-                    float(decibels(signal, noises, every).mean()), interval(signal, noises),
-                    tuple(map(float, decibels(signal, noises, every)[:, 0])), seconds,
+                    float(each.mean()), int8.bootstrap(signal, noises), tuple(map(float, each)),
+                    seconds,
                 )
             )  # fmt: skip
     return rows
-
-
-def decibels(signal: Array, noises: Array, picks: npt.NDArray[np.int64]) -> Array:
-    """SQNR of each seed over the samples of each of ``picks``, [seeds, picks]."""
-    return 10 * np.log10(signal[picks].sum(axis=1) / noises[:, picks].sum(axis=2))
-
-
-def interval(signal: Array, noises: Array) -> tuple[float, float]:
-    """95 % interval, over resampled samples, of the mean SQNR over seeds."""
-    picks = np.random.default_rng(0).integers(0, len(signal), (1000, len(signal)))
-    low, high = np.percentile(decibels(signal, noises, picks).mean(axis=0), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def claims(rows: Sequence[Row], seeds: int) -> list[Claim]:
