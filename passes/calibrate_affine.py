@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qcompile.reconstruct import Term
 
 Gains = Literal["none", "layer", "channel"]
+Form = Literal["output", "weight"]
 Temporal = Literal["none", "flow"]
 Device = Literal["cpu", "cuda"]
 
@@ -41,13 +42,15 @@ class CalibrateAffine(Pass):
     H, W] in 0..1 and one output of that size, and a model with a state. The flow is that of the
     official code (from t to t + 1), on a grid of pixel centres, so that no flow is the identity.
 
-    The form of the paper's text, ``W' = g Q + t``, adds ``t`` times the sum over the window. It is
-    left out, since it cannot be folded: its zero point ``-t / (g s)``, with ``s`` the step of a
-    channel, is no integer. Unfolded it was no better than this one, which is that of the paper's
-    code (22.9 dB where this gave 23.1, W4A4, one seed).
+    With ``form=weight`` it is the form of the paper's text, ``W' = g Q + t``, which adds ``t``
+    times the sum over the window. ``t`` is no whole number of steps of ``Q``, and no runtime has a
+    zero point that is not whole: the levels of ``W'``, as many as ``Q`` has, are rounded to 8 bits
+    a channel, in which narrow weights are stored beside a quantized input anyway. The fit is judged
+    with the levels rounded. What is decided is 8 bits then, and the report says so.
 
     * ``gains``: ``layer`` (one ``g`` and ``t`` each, as in the paper), ``channel``, or ``none``:
       the control, ranges alone.
+    * ``form``: ``output``, that of the paper's code, or ``weight``.
     * ``temporal``, ``flow-weight``: ``none`` or ``flow``, the second term, and what it counts.
     * ``frames``: the most frames in a row that a step goes through, of a model with a state.
     * ``steps``, ``batch``, ``rate``: steps of Adam, samples or runs of frames in each, and its rate
@@ -56,7 +59,8 @@ class CalibrateAffine(Pass):
       a state) is kept apart, and everything is dropped if it is worse there.
     * ``device``: ``cpu`` or ``cuda``.
 
-    Layers without a constant bias, or that share a weight, get no gain, and are counted. Raises
+    Layers that share a weight or (``form=output``) have no constant bias get no gain, nor
+    (``form=weight``) those of 8 bits, with blocks, or with a float input; they are counted. Raises
     PassError if an operator of the model cannot run in torch.
     """
 
@@ -70,6 +74,7 @@ class CalibrateAffine(Pass):
     source: ClassVar[str] = "PTQ4VM, arXiv 2506.10840"
 
     gains: Gains = "layer"
+    form: Form = "output"
     temporal: Temporal = "none"
     flow_weight: float = 0.05
     steps: int = 200
@@ -107,7 +112,7 @@ class CalibrateAffine(Pass):
         term = _flow_term(prefix, outputs, self.flow_weight) if self.temporal == "flow" else None
         settings = Settings(
             steps=self.steps, batch=self.batch, mix=0.0, weights=False, gains=self.gains,
-            range_rate=self.rate, frames=self.frames,
+            gains_of=self.form, range_rate=self.rate, frames=self.frames,
         )  # fmt: skip
         engine = Engine(prefix, apart, [settings], ctx.rng, outputs, term, ctx.progress)
         engine.enter(0)

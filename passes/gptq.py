@@ -74,22 +74,24 @@ class Gptq(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> Stats:
         excluded = {layer.node for layer in graph.select(model, self.exclude, "exclude")}
-        decided = [layer for layer in graph.layers(model) if layer.weight.spec is not None]
-        chosen = [layer for layer in decided if layer.node not in excluded and fits(layer)]
+        layers = [layer for layer in graph.layers(model) if layer.weight.spec is not None]
+        chosen = [layer for layer in layers if layer.node not in excluded and fits(layer)]
         shared: dict[tuple[ir.Value, TensorSpec | None], list[Layer]] = {}
         for layer in chosen:
             shared.setdefault((layer.weight.value, layer.weight.spec), []).append(layer)
         fit = functools.partial(fitted, damping=self.damping, rescale=self.rescale)
         rows = nearest = 0
         for part in _portions(list(shared.values())):
-            layers = [layer for readers in part for layer in readers]
-            grams = ctx.data().grams(model, layers, self.samples, self.rows)
+            asked = [layer for readers in part for layer in readers]
+            grams = ctx.data().grams(model, asked, self.samples, self.rows)
             jobs = (_job(model, readers, grams) for readers in part)
             done = ctx.map(fit, jobs, "gptq", len(part))
             for readers, found in zip(part, done, strict=True):
-                if found.scale is not None:
+                decided = readers[0].weight.spec
+                if found.scale is not None and decided is not None:
                     scale = patches.from_matrix(readers[0], found.scale)
-                    decisions.write_scale(model, readers, scale)
+                    grid = decisions.grid(model, decided).rescaled(scale)
+                    decisions.write_grid(model, readers, grid)
                 decisions.write_codes(model, readers, patches.from_matrix(readers[0], found.codes))
                 nearest += found.nearest
                 rows += math.prod(found.codes.shape[:2])
@@ -98,7 +100,7 @@ class Gptq(Pass):
             "layers": len(chosen),
             "rows": rows,
             "rows kept nearest": nearest,
-            "left alone": len(decided) - len(chosen),
+            "left alone": len(layers) - len(chosen),
         }
 
 

@@ -57,14 +57,17 @@ def write_codes(model: ir.Model, layers: Sequence[Layer], codes: Codes) -> None:
         layer.weight.decide(dataclasses.replace(decided, codes=added.name or ""))
 
 
-def write_scale(model: ir.Model, layers: Sequence[Layer], each: Floats) -> None:
-    """Write the scale of the weight that ``layers`` share; ``each`` is that of each element."""
+def write_grid(model: ir.Model, layers: Sequence[Layer], grid: Grid) -> None:
+    """Write the symmetric ``grid`` of the weight that ``layers`` share, of the same granularity."""
     decided = layers[0].weight.spec
     assert decided is not None
-    scale = grid(model, decided).rescaled(each).scale
-    added = graph.add_constant(model, decided.scale, scale)
+    added = graph.add_constant(model, decided.scale, grid.scale)
+    written = dataclasses.replace(
+        decided, format=grid.format.name, symmetric=True, scale=added.name or "", zero_point="",
+        codes="",
+    )  # fmt: skip
     for layer in layers:
-        layer.weight.decide(dataclasses.replace(decided, scale=added.name or ""))
+        layer.weight.decide(written)
 
 
 def bias(model: ir.Model, layer: Layer) -> npt.NDArray[Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +12,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qcompile import decisions, graph, rounding, spec
+from qcompile import decisions, graph, numerics, rounding, spec
 from qcompile.backends.base import Target
 from qcompile.backends.lowering import Rounding, Roundings
 from qcompile.blocks import Block
 from qcompile.graph import Layer
-from qcompile.numerics import Codes, Floats, Grid
+from qcompile.numerics import Codes, Floats, Grid, IntFormat
 
 Map = Callable[[Tensor], Tensor]
 # By node and index of an input, and by value: what TorchGraph takes.
@@ -28,12 +28,20 @@ Spare = Callable[[Tensor, Tensor], Tensor]
 Key = tuple[str, str]
 
 
+# Codes of fewer bits, stored in 8 beside a quantized input.
+WIDE = IntFormat(8, signed=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """``factor * y + shift`` in place of what a layer writes; one number, or one a channel."""
+    """``factor * y + shift`` in place of ``y``; one number, or one a channel.
+
+    ``y`` is what a layer writes, or, with ``of="weight"``, its rounded weight.
+    """
 
     factor: Tensor
     shift: Tensor
+    of: Literal["output", "weight"] = "output"
 
     def along(self, axis: int) -> Map:
         """As a function of ``y`` with its channels along ``axis``."""
@@ -51,8 +59,11 @@ class Quantized:
 
     ``codes`` are those of weights by key, ``scales`` other ones than were decided, of each element
     of such weights, ``biases`` those of layers by name, ``factors`` what ranges are to be
-    multiplied with, by the value that owns the range, and ``gains`` what each layer writes is to be
-    changed with, by its name.
+    multiplied with, by the value that owns the range, and ``gains`` what each layer writes, or its
+    weight, is to be changed with, by its name.
+
+    A weight with a gain of its own lies on as many levels as before, of 8 bits: the shift is no
+    whole number of its steps. ``grid`` and ``codes_of`` are then those of 8 bits.
     """
 
     def __init__(self, model: ir.Model, target: Target, device: str = "cpu") -> None:
@@ -88,6 +99,10 @@ class Quantized:
 
     def codes_of(self, layer: Layer) -> Codes:
         """The codes of the weight of ``layer``: fitted here, before, or rounded to the nearest."""
+        changed = self._changed(layer)
+        return self._codes(layer) if changed is None else self.grid(layer).quantize(changed)
+
+    def _codes(self, layer: Layer) -> Codes:
         found = self.codes.get(self.key(layer))
         if found is not None:
             return found
@@ -103,8 +118,24 @@ class Quantized:
         """The grid of the weight of ``layer``, its scale fitted here or as decided."""
         decided, dtype = layer.weight.spec, layer.weight.value.dtype
         assert decided is not None
+        changed = self._changed(layer)
+        if changed is not None:
+            return decisions.in_type(numerics.weight_grid(changed, WIDE, decided.axis), dtype)
+        return self._grid(layer)
+
+    def _grid(self, layer: Layer) -> Grid:
+        decided, dtype = layer.weight.spec, layer.weight.value.dtype
+        assert decided is not None
         grid, scale = decisions.grid(self.model, decided, dtype), self.scales.get(self.key(layer))
         return grid if scale is None else decisions.in_type(grid.rescaled(scale), dtype)
+
+    def _changed(self, layer: Layer) -> Floats | None:
+        """The rounded weight of ``layer`` with its gain, if it has one of its weight."""
+        gain = self.gains.get(layer.name)
+        if gain is None or gain.of != "weight":
+            return None
+        rounded = rounding.tensor(self._grid(layer).dequantize(self._codes(layer)), self.device)
+        return gain.along(layer.channel_axis)(rounded).detach().cpu().numpy()
 
     def weight(self, layer: Layer) -> rounding.Weight:
         """The weight of ``layer`` with logits to fit."""
@@ -139,7 +170,10 @@ class Quantized:
         for layer in self.layers(block):
             place = (layer.weight.node.name or "", layer.weight.index)
             soft = (weights or {}).get(self.key(layer))
+            learned = (gains or {}).get(layer.name)
             at[place] = _given(self._hard(layer) if soft is None else soft)
+            if learned is not None and learned.of == "weight":
+                at[place] = _both(at[place], learned.along(layer.channel_axis))
             bias = self.bias(layer)
             if layer.bias is not None and bias is not None:
                 tensor = rounding.tensor(bias, self.device)
@@ -151,7 +185,7 @@ class Quantized:
                     at[place] = self._activation(found, factors, spare)
         for layer in self.layers(block):
             gain = (gains or {}).get(layer.name) or self.gains.get(layer.name)
-            if gain is not None:
+            if gain is not None and gain.of == "output":
                 axis = 1 if layer.kind in ("conv", "depthwise", "conv-transpose") else -1
                 after[layer.biased_output.name or ""] = gain.along(axis)
         written = {v.name for node in block.nodes for v in node.outputs}
@@ -179,13 +213,13 @@ class Quantized:
             # Read first: a fitted bias goes when other decisions are written.
             found = [(layer, self.bias(layer), self._is_fitted(layer)) for layer in layers]
             if key in self.codes or any(layer.name in self.gains for layer in layers):
-                codes = self.codes_of(layers[0])
-                if key in self.scales:
-                    decisions.write_scale(self.model, layers, self.scales[key])
+                grid, codes = self.grid(layers[0]), self.codes_of(layers[0])
+                if key in self.scales or self._changed(layers[0]) is not None:
+                    decisions.write_grid(self.model, layers, grid)
                 decisions.write_codes(self.model, layers, codes)
             for layer, bias, fitted in found:
                 gain = self.gains.get(layer.name)
-                if gain is not None:
+                if gain is not None and gain.of == "output":
                     bias = self._fold(layer, gain, bias)
                 if fitted and bias is not None:
                     decisions.write_bias(self.model, layer, bias)
@@ -198,7 +232,9 @@ class Quantized:
 
     def _is_fitted(self, layer: Layer) -> bool:
         """Whether the bias of ``layer`` is another than in float."""
-        return layer.name in self.gains or layer.name in self.biases or bool(spec.bias(layer.node))
+        gain = self.gains.get(layer.name)
+        moved = gain is not None and gain.of == "output"
+        return moved or layer.name in self.biases or bool(spec.bias(layer.node))
 
     def _fold(
         self, layer: Layer, gain: Gain, bias: npt.NDArray[Any] | None
@@ -218,12 +254,19 @@ class Quantized:
         moved = bias * factor.reshape(shape) + gain.shift.detach().cpu().numpy().reshape(shape)
         return moved.astype(bias.dtype)
 
-    def gainable(self, layer: Layer) -> bool:
+    def gainable(self, layer: Layer, of: Literal["output", "weight"] = "output") -> bool:
         """Whether a gain of ``layer`` folds into its weight and bias."""
         alone = len(graph.readers(layer.weight.value)) == 1
+        if not alone or layer.kind not in ("conv", "depthwise", "linear"):
+            return False
+        if of == "weight":
+            decided, entered = layer.weight.spec, layer.input and layer.input.spec
+            assert decided is not None
+            narrow = numerics.parse_format(decided.format).bits < WIDE.bits
+            return narrow and decided.block is None and entered is not None
         known = layer.bias is not None and graph.is_constant(layer.bias.value)
         scaled = any(graph.attribute(layer.node, name, 1.0) != 1.0 for name in ("alpha", "beta"))
-        return alone and known and not scaled and layer.kind in ("conv", "depthwise", "linear")
+        return known and not scaled
 
     def _hard(self, layer: Layer) -> Callable[[], Tensor]:
         found = rounding.tensor(self.grid(layer).dequantize(self.codes_of(layer)), self.device)

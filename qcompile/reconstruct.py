@@ -38,9 +38,9 @@ class Settings:
     * ``prefix``: whether a block reads the quantized trajectory at all, or the float one alone.
     * ``target``: the float trajectory, or the float block of what it read.
     * ``weights``, ``ranges``, ``gains``: what moves: how weights are rounded, ranges of
-      activations, and a gain of what layers write, one a layer or one a channel. ``weight_rate``
-      and ``range_rate`` are of Adam; the latter, of logarithms and gains, falls to 0 along half a
-      cosine.
+      activations, and a gain of what layers write (or of their weights, by ``gains_of``), one a
+      layer or one a channel. ``weight_rate`` and ``range_rate`` are of Adam; the latter, of
+      logarithms and gains, falls to 0 along half a cosine.
     * ``decide``: what the mean over the weights of ``1 - |2 h - 1| ** b`` counts beside the
       relative error, in the last 80 % of the steps, with ``b`` falling from 20 to 2 (AdaRound).
     * ``frames``: the most frames in a row that a step goes through.
@@ -55,6 +55,7 @@ class Settings:
     weights: bool = True
     ranges: bool = True
     gains: Literal["none", "layer", "channel"] = "none"
+    gains_of: Literal["output", "weight"] = "output"
     weight_rate: float = 0.0
     range_rate: float = 0.0
     decide: float = 0.0
@@ -221,14 +222,15 @@ class _Fit:
         """A gain of one and a shift of zero for each layer that takes one."""
         if self._settings.gains == "none":
             return {}
+        of = self._settings.gains_of
         found: dict[str, Gain] = {}
         for layer in self._quantized.layers(self._block):
             shape = graph.shape_of(layer.weight.value)
-            if self._quantized.gainable(layer) and shape is not None:
+            if self._quantized.gainable(layer, of) and shape is not None:
                 many = shape[layer.channel_axis] if self._settings.gains == "channel" else 1
                 ones = torch.ones(many, device=self._quantized.device)
                 zeros = torch.zeros_like(ones)
-                found[layer.name] = Gain(ones.requires_grad_(), zeros.requires_grad_())
+                found[layer.name] = Gain(ones.requires_grad_(), zeros.requires_grad_(), of)
         return found
 
     def _descend(

@@ -79,6 +79,85 @@ def test_gains_fold_to_nothing(name: str, gains: Gains, target: Target) -> None:
     assert np.median([simulate.sqnr(a, b) for a, b in zip(unfolded, found, strict=True)]) > 60
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("name", [fashion.CNN, fashion.VIT])
+def test_gains_of_weights_leave_as_many_levels_in_the_codes(name: str, target: Target) -> None:
+    model, data = fits.shipped(name), fits.calibration(12)
+    fits.run(model, fits.FOUR, data, target)
+    before = text.render(model)
+    quantized = Quantized(model, target)
+    rng = np.random.default_rng(0)
+    learned: dict[str, Gain] = {}
+    for layer in quantized.layers(blocks.whole(model)):
+        if quantized.gainable(layer, "weight"):
+            step = float(quantized.grid(layer).scale.mean())
+            factor, shift = rng.uniform(0.95, 1.05, 1), rng.uniform(-0.7, 0.7, 1) * step
+            drawn = (torch.tensor(a, dtype=torch.float32) for a in (factor, shift))
+            learned[layer.name] = Gain(*drawn, of="weight")
+    assert learned
+    wanted = {
+        layer.name: learned[layer.name].along(layer.channel_axis)(
+            torch.tensor(quantized.grid(layer).dequantize(quantized.codes_of(layer)))
+        )
+        for layer in graph.layers(model)
+        if layer.name in learned
+    }
+    quantized.gains |= learned
+    prefix = Prefix(quantized, [blocks.whole(model)], data.samples[:3])
+    prefix.run()
+    lines = len(list(model.graph))
+    quantized.write()
+    assert len(list(model.graph)) == lines and text.changes(before, text.render(model))
+    folded = Quantized(model, target)
+    again = Prefix(folded, [blocks.whole(model)], data.samples[:3])
+    again.run()
+    for number in range(3):  # what was judged is what was written
+        judged, written = (p.rounded.value("logits", number) for p in (prefix, again))
+        np.testing.assert_array_equal(judged, written)
+    for layer in graph.layers(model):
+        if layer.name not in learned:
+            continue
+        grid, codes = folded.grid(layer), folded.codes_of(layer)
+        assert grid.format.name == "int8"
+        channels = np.moveaxis(codes, layer.channel_axis, 0)
+        assert all(len(np.unique(channel)) <= 16 for channel in channels)
+        away = np.abs(grid.dequantize(codes) - wanted[layer.name].numpy())
+        assert np.all(away <= 0.5001 * grid.each(codes.shape)[0])
+
+
+def test_a_shift_of_weights_that_was_taken_away_is_found() -> None:
+    # The float weight lies a third of a step beside what the codes stand for.
+    model = graphs.graph(graphs.GEMM)
+    data = fits.correlated(model)
+    reference = model.clone()
+    fits.run(model, "calibrate,quantize{weight=int4 granularity=tensor}", data)
+    [layer] = graph.layers(model)
+    decided, value = layer.weight.spec, layer.weight.value
+    assert decided is not None
+    rounded = decisions.rounded(model, value, decided)
+    third = float(graphs.weight(model, decided.scale)) / 3
+    for changed in (reference, model):
+        weight = changed.graph.initializers[value.name or ""]
+        weight.const_value = ir.Tensor(rounded + np.float32(third), name=value.name)
+    decisions.write_codes(model, [layer], decisions.grid(model, decided).quantize(rounded))
+    before = fits.noise(reference, model, data.judges)
+    fits.run(model, "calibrate-affine{form=weight steps=200 rate=0.01}", data)
+    assert fits.noise(reference, model, data.judges) < before / 10
+
+
+def test_weights_of_8_bits_in_blocks_or_with_a_float_input_take_no_gain() -> None:
+    for decide in (
+        "calibrate,quantize",
+        "quantize{weight=int4 input=float}",
+        "quantize{weight=int4 input=float granularity=block block=4}",
+    ):
+        model = graphs.graph(graphs.GEMM)
+        data = fits.correlated(model)
+        passes = f"{decide},calibrate-affine{{form=weight steps=5}}"
+        *_, step = fits.run(model, passes, data)
+        assert (step.counters["gains"], step.counters["left alone"]) == (0, 1)
+
+
 def test_it_finds_a_gain_that_was_taken_away() -> None:
     # The float model is 1.2 times what the codes stand for: one gain makes that good.
     model = graphs.graph(graphs.GEMM)

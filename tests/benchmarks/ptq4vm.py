@@ -99,9 +99,11 @@ def variants(effort: Effort) -> list[Variant]:
         Variant("gptaq", "nearest", "gptaq", narrow),
         Variant("nearest + ranges alone", "nearest", affine("gains=none", 0.003), ("W4A4",)),
         Variant("nearest + GAC", "nearest", affine("", 0.003), ("W4A4",)),
+        Variant("nearest + GAC of weights", "nearest", affine("form=weight", 0.003), ("W4A4",)),
         Variant("reconstruct", "nearest", effort.reconstruct(), all_four),
         Variant("+ ranges alone", "reconstruct", affine("gains=none"), ("W4A4",)),
         Variant("+ GAC", "reconstruct", affine(), narrow),
+        Variant("+ GAC of weights", "reconstruct", affine("form=weight"), ("W4A4",)),
         Variant("+ GAC + OFA", "reconstruct", affine("temporal=flow"), fours),
         Variant("+ gains a channel", "reconstruct", affine("gains=channel"), ("W4A4",)),
     ]
@@ -210,8 +212,8 @@ def unfolded(before: ir.Model, after: ir.Model, samples: Samples) -> float:
         ratio = constant(after, two.scale) / constant(before, one.scale)
         gain = np.mean(ratio, dtype=np.float64, keepdims=True).reshape(1)
         shift = (moved - gain * bias).reshape(-1)
-        tensors = (rounding.tensor(array.astype(np.float32), "cpu") for array in (gain, shift))
-        old.gains[layer.name] = Gain(*tensors)
+        factor, moved = (rounding.tensor(a.astype(np.float32), "cpu") for a in (gain, shift))
+        old.gains[layer.name] = Gain(factor, moved)
     for quantized in (old, new):
         quantized.roundings = dataclasses.replace(quantized.roundings, uses={}, values={})
     each = [ran(quantized, samples).rounded for quantized in (old, new)]
@@ -332,9 +334,11 @@ COMPARED = (
     ("W4A8", "reconstruct", "nearest"), ("W4A8", "reconstruct", "gptaq"),
     ("W4A8", "+ GAC", "reconstruct"), ("W4A4", "reconstruct", "nearest"),
     ("W4A4", "nearest + GAC", "nearest"), ("W4A4", "nearest + GAC", "nearest + ranges alone"),
+    ("W4A4", "nearest + GAC of weights", "nearest + GAC"),
     ("W4A4", "reconstruct", "gptaq"), ("W4A4", "+ ranges alone", "reconstruct"),
     ("W4A4", "+ GAC", "reconstruct"), ("W4A4", "+ GAC", "+ ranges alone"),
-    ("W4A4", "+ GAC + OFA", "+ GAC"), ("W4A4", "+ gains a channel", "+ GAC"),
+    ("W4A4", "+ GAC of weights", "+ GAC"), ("W4A4", "+ GAC + OFA", "+ GAC"),
+    ("W4A4", "+ gains a channel", "+ GAC"),
 )  # fmt: skip
 
 
