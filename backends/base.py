@@ -132,6 +132,10 @@ class Target(abc.ABC):
     def available(self) -> None:
         """Raise TargetError, with the command that installs it, if the runtime is missing."""
 
+    def written(self, model: ir.Model) -> ir.Model:
+        """The lowered ``model`` as its file has it."""
+        return model
+
     @abc.abstractmethod
     def emit(
         self, model: ir.Model, folder: pathlib.Path, calibration: Calibration | None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompile import decisions, graph, halves, numerics, opset, spec
+from qcompile import decisions, graph, halves, numerics, opset, packing, spec
 from qcompile.graph import Layer, Use
 from qcompile.numerics import Grid, IntFormat
 from qcompile.spec import TensorSpec
@@ -79,12 +80,14 @@ class Kernels:
     * ``alone``: the bits that weights with a float input may be stored in, in blocks.
     * ``clips_codes``: whether activations of fewer than 8 bits are kept to their levels as codes,
       behind their QuantizeLinear, or as values in front of it.
+    * ``unpacks``: whether a file may hold codes packed, which the runtime unpacks (``packing``).
     """
 
     activations: IntFormat = IntFormat(8, signed=False)  # noqa: RUF009 (frozen)
     widest: int = 8
     alone: tuple[int, ...] = (4, 8)
     clips_codes: bool = True
+    unpacks: bool = False
 
 
 class Lowering:
@@ -252,10 +255,16 @@ class Lowering:
             attributes["axis"] = grid.axis
         if grid.block is not None:
             attributes["block_size"] = grid.block
-        return graph.insert(
+        dequantized = graph.insert(
             self.model, "DequantizeLinear", inputs, attributes,
             output=f"{name}/dequantized", like=value,
         )  # fmt: skip
+        held, count = stored.dtype.bitwidth, math.prod(graph.shape_of(value) or ())
+        bits = packing.bits_of(grid.format, held, count) if self.kernels.unpacks else held
+        node = dequantized.producer()
+        if bits < held and node is not None:
+            node.metadata_props[packing.BITS] = str(bits)
+        return dequantized
 
     def _scale(self, name: str, grid: Grid, dtype: ir.DataType | None) -> ir.Value:
         kind = dtype or ir.DataType.FLOAT

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
-from qcompile import execute, graph
+from qcompile import execute, graph, packing
 from qcompile.backends import ort_isa, ort_measure, ort_rules
 from qcompile.backends.base import Ran, Target, float_in_file, together, why_float
 from qcompile.backends.lowering import NARROW, Kernels, Rule
@@ -40,11 +40,12 @@ FLOAT_KERNELS = {
 class OrtCpu(Target):
     """ONNX Runtime, CPU provider, on one instruction set.
 
-    Holds int8 activations (stored as uint8 with a zero point) with int2 to int8 weights (stored as
-    int8, whatever the nominal bits), and int2 to int8 weights alone (stored in 4 or 8 bits). Linear
-    layers take the scale of their input at run time where that is asked for. Narrower activations
-    have no kernel: they run as int8 with fewer levels; int16 ones run in float between 16-bit Q/DQ
-    pairs. Both are for the accuracy alone.
+    Holds int8 activations (stored as uint8 with a zero point) with int2 to int8 weights, and int2
+    to int8 weights alone. Kernels read weights of 8 bits, or of 4 or 8 alone; the file has a scale
+    a channel with codes packed to the bits that they have (2 to 6), which the runtime unpacks when
+    it makes a session. Linear layers take the scale of their input at run time where that is asked
+    for. Narrower activations have no kernel: they run as int8 with fewer levels; int16 ones run in
+    float between 16-bit Q/DQ pairs. Both are for the accuracy alone.
 
     * ``isa``: with VNNI weights keep 8 bits; ``avx2`` is x86 without it, where they have 7 beside a
       quantized input; on ``arm`` activations are signed. ``auto`` is this machine's. ``avx2`` and
@@ -82,12 +83,16 @@ class OrtCpu(Target):
     def available(self) -> None:
         """Always there: ONNX Runtime is a dependency."""
 
+    def written(self, model: ir.Model) -> ir.Model:
+        """With codes packed, which the runtime unpacks."""
+        return packing.packed(model)
+
     def emit(
         self, model: ir.Model, folder: pathlib.Path, calibration: Calibration | None
     ) -> pathlib.Path:
         """Write ``model.onnx`` (with ``model.onnx.data`` when large)."""
         path = folder / "model.onnx"
-        execute.save(model, path)
+        execute.save(self.written(model), path)
         return path
 
     def check_measure(self) -> None:

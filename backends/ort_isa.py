@@ -73,4 +73,5 @@ def kernels(isa: str, version: str) -> Kernels:
         activations=IntFormat(8, signed=isa == "arm"),
         widest=7 if isa == "avx2" else 8,
         alone=(4,) if number(version) < (1, 22) else (4, 8),
+        unpacks=True,
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from qcompile import graph, spec
+from qcompile import graph, packing, spec
 from qcompile.backends.lowering import Lowering
 from qcompile.graph import Layer
 
@@ -84,6 +84,7 @@ def to_kernel(
     kernel = product.producer()
     assert kernel is not None
     graph.fuse(kernel, *gone)
+    packing.follow(dequantize, kernel)
     for node in gone:
         spec.clear(node)
     graph.redirect(low.model, last, product, keep=lambda _: False)

@@ -11,7 +11,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile import deciding, decisions, factors, graph, numerics, patches, solve, timing
+from qcompile import (
+    deciding,
+    decisions,
+    factors,
+    graph,
+    numerics,
+    packing,
+    patches,
+    solve,
+    timing,
+)
 from qcompile.deciding import Weights
 from qcompile.factors import Factors
 from qcompile.graph import Layer
@@ -37,14 +47,15 @@ class Size:
         return {"bits": self.bits, "size": self.stored, "bops": self.bops}[kind]
 
 
-def size_of(shape: Sequence[int], decided: TensorSpec) -> Size:
-    """The size of a weight of ``shape`` as ``decided``."""
+def size_of(shape: Sequence[int], decided: TensorSpec, unpacks: bool = False) -> Size:
+    """The size of a weight of ``shape`` as ``decided``; packed if a runtime ``unpacks`` codes."""
     form, count = numerics.parse_format(decided.format), math.prod(shape)
     groups = 1
     if decided.axis is not None:
         groups = shape[decided.axis] if decided.block is None else count // decided.block
     held = form.stored.bits
-    codes, zeros = math.ceil(count * held / 8), math.ceil(groups * held / 8)
+    packed = packing.bits_of(form, held, count) if unpacks and decided.block is None else held
+    codes, zeros = math.ceil(packed * math.ceil(count / 8)), math.ceil(groups * held / 8)
     return Size(form.bits * count, codes + groups * SCALE_BITS / 8 + zeros)
 
 
@@ -108,6 +119,7 @@ class Items:
             shared.setdefault(layer.weight.value, []).append(layer)
         self.model, self.how, self.ctx, self.fit = model, how, ctx, fit
         self.entered = entered
+        self.unpacks = ctx.target is not None and ctx.target.kernels().unpacks
         self._macs: dict[str, int] = {}
         self.readers = list(shared.values())
         widths = [Choice(width) for width in sorted(set(bits), reverse=True)]
@@ -168,15 +180,15 @@ class Items:
         """What the weight takes."""
         if choice.rank:
             cut = self.factors[item].cut(choice.rank)
-            a = size_of(cut.a.shape, TensorSpec(f"int{choice.bits}", 0))
-            b = size_of(cut.b.shape, TensorSpec(f"int{choice.inner}", 0))
+            a = size_of(cut.a.shape, TensorSpec(f"int{choice.bits}", 0), self.unpacks)
+            b = size_of(cut.b.shape, TensorSpec(f"int{choice.inner}", 0), self.unpacks)
             return Size(a.bits + b.bits, a.stored + b.stored)
         if choice.is_float:
             bits = FLOAT_BITS * math.prod(self.shape(item))
             return Size(bits, bits / 8)
         decided = self._with(choice.bits)[1][self.name(item)].weight.spec
         assert decided is not None
-        return size_of(self.shape(item), decided)
+        return size_of(self.shape(item), decided, self.unpacks)
 
     def operations(self, item: int, choice: Choice) -> float:
         """Bit operations of a run, of all layers that read the weight."""

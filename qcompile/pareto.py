@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qcompile import cluster, execute, graph, numerics, pipeline, plotting, report, simulate
+from qcompile.backends.base import Target
 from qcompile.budget import Budget
 from qcompile.candidates import size_of
 from qcompile.compiler import Compiler
@@ -128,7 +129,7 @@ def run(source: Any, options: Options, wanted: Sequence[Budget]) -> Front:
         pipeline.run(decided, rest, context)
         sqnr = judge.worst(judge.simulated(target.computed(decided)))
         text = pipeline.to_text([*first, step, *rest])
-        size = execute.weight_bytes(decided)
+        size = execute.weight_bytes(target.written(decided))
         points.append(Point(kind, budget, bits, size, sqnr, text, latency))
         said = "" if latency is None else f", {latency:.2f} of the latency of float"
         options.log(f"{kind} {budget}: {bits:.2f} bits, {size / 1e6:.2f} MB, {sqnr:.1f} dB{said}")
@@ -168,10 +169,11 @@ def bits_of(model: ir.Model, decided: ir.Model) -> float:
     return bits / max(count, 1)
 
 
-def stored_of(decided: ir.Model) -> float:
-    """Bytes of all decided weights as they are stored, scales counted."""
+def stored_of(decided: ir.Model, target: Target) -> float:
+    """Bytes of all decided weights in a file for ``target``, scales counted."""
+    unpacks = target.kernels().unpacks
     return sum(
-        size_of(graph.shape_of(layer.weight.value) or (), layer.weight.spec).stored
+        size_of(graph.shape_of(layer.weight.value) or (), layer.weight.spec, unpacks).stored
         for layer in graph.layers(decided)
         if layer.weight.spec is not None and graph.is_constant(layer.weight.value)
     )

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qcompile import graph, halves, numerics
+from qcompile import graph, halves, numerics, packing
 from qcompile.backends.base import Ran
 from qcompile.bench import Latency
 from qcompile.graph import Layer, Shapes, Use
@@ -300,6 +300,9 @@ def _stored_bytes(lowered: ir.Model) -> dict[str, int]:
                 for part in parts:
                     if part is not None and part.const_value is not None:
                         total += part.const_value.nbytes
+                if parts and producer is not None:
+                    total -= packing.saved(producer)
+            total -= packing.saved(node) if node.op_type == "MatMulIntegerToFloat" else 0
             found[name] = max(found.get(name, 0), total)
     return found
 

@@ -1,8 +1,8 @@
 """Take Q/DQ out of a model that was quantized before, so that it can be quantized anew.
 
 A QuantizeLinear with a DequantizeLinear behind it goes, and a constant behind a DequantizeLinear
-becomes the float that it stands for: the function is that of the model before, up to the rounding
-of activations, which is gone, and of weights, which stays.
+becomes the float that it stands for, also one that nodes unpack of constants: the function is that
+of the model before, up to the rounding of activations, which is gone, and of weights, which stays.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile import graph
+from qcompile import execute, graph
 from qcompile.numerics import Grid, IntFormat
 
 # Operators that only move elements, so that they do to floats what they do to codes.
@@ -28,6 +28,7 @@ def strip(model: ir.Model) -> int:
     operators MatMulIntegerToFloat, which ``ort-cpu`` writes, is taken apart first; others
     (QLinearConv, MatMulInteger, ...) stay, and the caller refuses what is left.
     """
+    _unpack(model)
     for node in list(model.graph):
         if node.op_type == "MatMulIntegerToFloat":
             _unfold(model, node)
@@ -53,6 +54,26 @@ def strip(model: ir.Model) -> int:
             count += 1
     graph.remove_dead(model)
     return count
+
+
+def _unpack(model: ir.Model) -> None:
+    """Compute the codes that nodes make of constants, such as packed ones, and remove these."""
+    known: set[ir.Value] = set()
+    for node in model.graph:
+        read = [v for v in node.inputs if v is not None]
+        if read and all(v in known or graph.is_constant(v) for v in read):
+            known |= set(node.outputs)
+    codes = [n.inputs[0] for n in model.graph if n.op_type == "DequantizeLinear"]
+    packed = {v.name or "": v for v in codes if v is not None and v in known}
+    if not packed:
+        return
+    asked = execute.fetch(model, list(packed))
+    graph.remove_dead(asked)
+    asked.graph.inputs.clear()
+    for name, array in execute.execute(asked, {}).items():
+        unpacked = graph.add_constant(model, f"{name}/unpacked", array)
+        graph.redirect(model, packed[name], unpacked, keep=lambda _: False)
+    graph.remove_dead(model)
 
 
 def _unfold(model: ir.Model, node: ir.Node) -> None:

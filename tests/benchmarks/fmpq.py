@@ -154,7 +154,7 @@ def one(
     decided = model.clone()
     context = Context(calibration=data, target=OrtCpu(), reference=model)
     [step] = pipeline.run(decided, pipeline.parse(text, registry.passes()), context)
-    bits, stored = pareto.bits_of(model, decided), pareto.stored_of(decided)
+    bits, stored = pareto.bits_of(model, decided), pareto.stored_of(decided, OrtCpu())
     read_rounded(decided)
     table = float(step.counters.get("of a whole table of", 0))
     share = float(step.counters.get("forward passes", 0)) / table if table else 0.0

@@ -113,7 +113,7 @@ def measure(
             own = Context(calibration=Calibration(data.data), target=target, reference=model)
             [step] = pipeline.run(decided, pipeline.parse(text, registry.passes()), own)
             bits = pareto.bits_of(model, decided)
-            stored = pareto.stored_of(decided)
+            stored = pareto.stored_of(decided, target)
             whole = stored / 1e6 if name == "uniform" else whole
             rest = pipeline.parse(BEHIND.strip(","), registry.passes())
             pipeline.run(decided, rest, context)
