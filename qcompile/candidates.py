@@ -55,7 +55,8 @@ def size_of(shape: Sequence[int], decided: TensorSpec, unpacks: bool = False) ->
         groups = shape[decided.axis] if decided.block is None else count // decided.block
     held = form.stored.bits
     packed = packing.bits_of(form, held, count) if unpacks and decided.block is None else held
-    codes, zeros = math.ceil(packed * math.ceil(count / 8)), math.ceil(groups * held / 8)
+    codes, zeros = packed * math.ceil(count / 8), math.ceil(groups * held / 8)
+    codes += packing.NODES if packed < held else 0
     return Size(form.bits * count, codes + groups * SCALE_BITS / 8 + zeros)
 
 

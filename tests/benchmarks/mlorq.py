@@ -5,8 +5,8 @@
 
 Weights alone are quantized, activations are float, one scale a channel, ranges by mean squared
 error, then gptq; all rows of a model differ in the widths only. Bits are those of codes on average
-over all Convs and linear layers (none is exempt), MB what is stored in types of 2, 4 and 8 bits
-with scales; *mixed, as stored* has what 4 bits store as its budget, in place of bits. The surrogate
+over all Convs and linear layers (none is exempt), MB the size of the file; *mixed, as stored* has
+the bytes of the weights in 4 bits as its budget, in place of bits. The surrogate
 is summed noise-to-signal with each layer alone rounded, by gptq as well, from a whole table, in
 which every candidate of a smaller set is one of the larger. Passes are forward passes over the
 samples against one for each width of each layer. SQNR is over all judge samples together, which
@@ -19,17 +19,21 @@ samples. Nothing is drawn at random but the bootstrap.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import common
 import int8
 import numpy as np
+import onnx_ir as ir
 from common import Claim
 from int8 import LITE0, MINILM, SHIPPED, Work
 from rich.table import Table
 
-from qcompile import factors, graph, pareto, pipeline, registry
+from qcompile import execute, factors, graph, pareto, pipeline, registry
+from qcompile.backends.base import Target
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.calibrate import Calibration
 from qcompile.capture import capture
@@ -45,7 +49,10 @@ FRONT, BEHIND = "simplify,recompose,fold-bn", ",gptq{damping=0.1},insert-qdq"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One choice for one model; ``cost`` is the surrogate, ``share`` of the passes of a table."""
+    """One choice for one model; ``cost`` is the surrogate, ``share`` of the passes of a table.
+
+    ``stored_mb`` is of the decided weights alone, ``file_mb`` of the whole file.
+    """
 
     work: str
     choice: str
@@ -53,6 +60,7 @@ class Row:
     passes: str
     bits: float
     stored_mb: float
+    file_mb: float
     cost: float | None
     forward_passes: float
     share: float
@@ -125,14 +133,23 @@ def measure(
             rows.append(
                 Row(
                     work.name, name, budget, FRONT + "," + text + BEHIND, bits, stored / 1e6,
-                    None if cost is None else float(cost), spent, spent / table if table else 0.0,
-                    int(table),
+                    file_size(decided, target) / 1e6,
+                    None if cost is None else float(cost),
+                    spent, spent / table if table else 0.0, int(table),
                     int(counted.get("products", 0)),
                     float(10 * np.log10(signal.sum() / noise.sum())),
                     int8.bootstrap(signal, noise, seed), slope,
                 )
             )  # fmt: skip
     return rows
+
+
+def file_size(lowered: ir.Model, target: Target) -> int:
+    """Bytes of the file of a ``lowered`` model."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "model.onnx"
+        execute.save(target.written(lowered), path)
+        return path.stat().st_size
 
 
 def decay(layers: Sequence[graph.Layer]) -> float:
@@ -161,7 +178,7 @@ def claims(rows: Sequence[Row], seeds: int) -> list[Claim]:
         where = f"{work}, {choice}, {budget:g} bits"
         if choice == STORED:
             control = by[work, budget, "uniform"]
-            say(f"{where}: MB against one width", row.stored_mb, control.stored_mb, False)
+            say(f"{where}: MB against one width", row.file_mb, control.file_mb, False)
             say(f"{where}: SQNR against one width", row.sqnr, control.sqnr + 2.0, True, row)
         elif choice != "uniform":
             say(f"{where}: within the budget", row.bits, budget, False)
@@ -192,7 +209,7 @@ def table(rows: Sequence[Row]) -> Table:
     for row in rows:
         low, high = row.interval
         shown.add_row(
-            row.work, row.choice, f"{row.bits:.2f} of {row.budget:g}", f"{row.stored_mb:.3f}",
+            row.work, row.choice, f"{row.bits:.2f} of {row.budget:g}", f"{row.file_mb:.3f}",
             f"{row.sqnr:.1f} [{low:.1f}, {high:.1f}]",
             "" if row.cost is None else f"{row.cost:.3g}", f"{row.forward_passes:.0f}",
             f"{row.share:.0%}", str(row.products), f"{row.slope:.2f}",
