@@ -45,6 +45,7 @@ TEXTS = [
     "recompose",
     "fold-bn",
     "smooth-hadamard",
+    "align-norms{samples=16}",
     "equalize",
     "equalize{weight=int4 input=float block=32}",
     "bias-correct",
