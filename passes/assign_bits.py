@@ -86,7 +86,7 @@ class AssignBits(Pass):
     source: ClassVar[str] = "MLoRQ, arXiv 2507.09616; FMPQ, arXiv 2506.01221"
 
     budget: tuple[str, ...] = ("bits=4",)
-    choices: tuple[int | Literal["float"], ...] = (2, 3, 4, 6, 8)
+    choices: tuple[int | Literal["float"], ...] = (2, 3, 4, 5, 6, 8)
     method: Literal["mlorq", "fmpq", "greedy"] = "mlorq"
     factors: tuple[int, ...] | None = None
     weigh: Weigh = "input"
