@@ -28,9 +28,9 @@ from qcompile.spec import TensorSpec
 
 
 def keep_float(low: Lowering) -> int:
-    """Leave in float what has no integer kernel here: ConvTranspose, Gemm with a transposed input,
-    alpha, beta or a bias that differs from row to row, MatMul of a vector, block scales beside a
-    quantized input, and what is not float32.
+    """Leave in float what has no integer kernel here: ConvTranspose beside a quantized input, Gemm
+    with a transposed input, alpha, beta or a bias that differs from row to row, MatMul of a vector,
+    block scales beside a quantized input, and what is not float32.
     """
     return low.exclude(lambda layer: _why_float(low, layer))
 
@@ -39,7 +39,8 @@ def _why_float(low: Lowering, layer: Layer) -> str:
     node = layer.node
     if layer.kind == "embedding":
         return ort_embedding.why_float(layer)
-    if layer.kind == "conv-transpose":
+    entered = layer.input.spec if layer.input else None
+    if layer.kind == "conv-transpose" and entered is not None:
         return "no int8 kernel for ConvTranspose"
     if node.op_type == "Gemm":
         scaled = any(graph.attribute(node, name, 1.0) != 1.0 for name in ("alpha", "beta"))
@@ -49,7 +50,7 @@ def _why_float(low: Lowering, layer: Layer) -> str:
             return "no int8 kernel for Gemm with a bias that differs by row"
     if node.op_type == "MatMul" and layer.input and graph.rank_of(layer.input.value) == 1:
         return "no int8 kernel for a vector times a matrix"
-    decided, entered = layer.weight.spec, layer.input.spec if layer.input else None
+    decided = layer.weight.spec
     if decided is not None and layer.kind != "attention":
         form = numerics.parse_format(decided.format)
         if entered is not None and decided.codes and form.bits > low.kernels.widest:

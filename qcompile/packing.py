@@ -19,7 +19,7 @@ from qcompile.numerics import Codes, IntFormat
 # On a node that reads codes which may be packed: the bits that they take.
 BITS = "qcompile.packed_bits"
 # Bytes of the nodes that unpack a weight, rather too many (570 to 650 in the shipped models).
-NODES = 700
+NODES = 800
 
 
 def bits_of(form: IntFormat, held: int, count: int) -> int:

@@ -139,6 +139,21 @@ def test_a_budget_of_size_counts_packed_codes_where_the_runtime_unpacks_them() -
         assert bytes_each * count < stored < bytes_each * count + 2 * scales + 2000
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_weights_of_a_transposed_conv_alone_are_stored_in_few_bits(
+    bits: int, tmp_path: pathlib.Path
+) -> None:
+    model = graphs.graph("""(float[1,16,5,5] x) => (float[1,32,6,6] y) <float[16,32,4,4] w> {
+        y = ConvTranspose<pads=[1,1,1,1]>(x, w) }""")
+    reference, data = model.clone(), fits.correlated(model)
+    fits.run(model, f"quantize{{weight=int{bits} input=float}},insert-qdq", data)
+    path = tmp_path / "model.onnx"
+    execute.save(OrtCpu().written(model), path)
+    assert path.stat().st_size < 16 * 32 * 16 * bits / 8 + 2500
+    judge = simulate.Judge(reference, data.judges)
+    assert judge.worst(execute.Session(path)) == pytest.approx(6 * bits - 5, abs=4)
+
+
 @pytest.mark.parametrize(("form", "count"), [("int8", 10**6), ("int7", 10**6), ("int4", 1000)])
 def test_what_saves_little_is_not_packed(form: str, count: int) -> None:
     assert packing.bits_of(numerics.parse_format(form), 8, count) == 8
