@@ -46,7 +46,7 @@ def test_ptq4vm_quick_claims_hold(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("cv2")
     content = quick("ptq4vm", tmp_path)
     assert {row["setting"] for row in content["rows"]} == {"float", "W8A8", "W4A4"}
-    assert len(content["rows"]) == 12
+    assert len(content["rows"]) == 14
     assert len(content["claims"]) == 6
 
 
