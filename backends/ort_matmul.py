@@ -87,7 +87,7 @@ def to_kernel(
     packing.follow(dequantize, kernel)
     for node in gone:
         spec.clear(node)
-    graph.redirect(low.model, last, product, keep=lambda _: False)
+    graph.replace(low.model, last, product)
     low.model.opset_imports.setdefault("com.microsoft", 1)
 
 

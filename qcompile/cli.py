@@ -91,8 +91,8 @@ def compile_command(
     model
         An .onnx file, or package.module:factory for a torch module with example inputs.
     out
-        The folder to write: model.onnx or model.engine, report.json, pipeline.txt, and check/ for
-        `qcompile verify`.
+        The folder to write: model.onnx or model.engine, report.html and report.json, pipeline.txt,
+        and check/ for `qcompile verify`.
     passes
         Pipeline text, or @recipe; see `qcompile passes`.
     target

@@ -29,6 +29,7 @@ from qcompile import (
     images,
     measure,
     opset,
+    page,
     pipeline,
     ports,
     recipes,
@@ -368,6 +369,7 @@ class Compiler:
         judged = Judged(judge, self._evaluation, self.bound, found, count)
         finished = measure.report_of(made, context, judged, self._findings, self.options.latency)
         (folder / "report.json").write_text(finished.to_json())
+        (folder / "report.html").write_text(page.render(finished), encoding="utf-8")
         command = shlex.join(self.options.data_words(target, written))
         (folder / "pipeline.txt").write_text(f"{command}\n")
         return Compiled(model, finished, folder)

@@ -375,7 +375,7 @@ def show(report: Report, console: Console, verbose: bool = False) -> None:
     if report.accuracy is not None:
         _show_accuracy(report.accuracy, summary)
     size = report.size
-    text = f"{_bytes(size.float_bytes)} -> {_bytes(size.compiled_bytes)}"
+    text = f"{bytes_of(size.float_bytes)} -> {bytes_of(size.compiled_bytes)}"
     summary.add_row("size", f"{text} ({size.compiled_bytes / max(size.float_bytes, 1):.2f}x)")
     if report.latency is not None:
         latency = report.latency
@@ -444,7 +444,8 @@ def _show_float(report: Report, console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _bytes(count: int) -> str:
+def bytes_of(count: int) -> str:
+    """``count`` bytes for people."""
     return f"{count / 1e6:.2f} MB" if count >= 10_000 else f"{count} B"
 
 

@@ -78,7 +78,8 @@ def test_a_detector_compiles_with_its_tail_beside_the_engine(tmp_path: pathlib.P
         model, tmp_path / "out", calib=samples(model, 20), targets=("tensorrt-rtx",)
     )
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "check", "model.engine", "model.onnx", "pipeline.txt", "report.json", "tail.onnx",
+        "check", "model.engine", "model.onnx", "pipeline.txt", "report.html", "report.json",
+        "tail.onnx",
     ]  # fmt: skip
     assert {layer.name: layer.runs for layer in done.report.layers}["h"] == "int8"
     said = json.loads((tmp_path / "out" / "report.json").read_text())["warnings"]

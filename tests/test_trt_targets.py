@@ -102,7 +102,7 @@ def test_the_command_stands_in_a_script_that_runs(tmp_path: pathlib.Path) -> Non
     out = tmp_path / "out"
     [done] = qcompile.compile(model, out, calib=samples, targets=(ORIN,))
     assert sorted(p.name for p in out.iterdir()) == [
-        "build.sh", "check", "model.onnx", "pipeline.txt", "report.json",
+        "build.sh", "check", "model.onnx", "pipeline.txt", "report.html", "report.json",
     ]  # fmt: skip
     assert run_script(out, tmp_path / "bin") == [
         str(out), "--onnx=model.onnx", "--saveEngine=model.engine", "--stronglyTyped",
