@@ -12,13 +12,16 @@ which every candidate of a smaller set is one of the larger. Passes are forward 
 samples against one for each width of each layer. SQNR is over all judge samples together, which
 calibrated nothing, with a 95 % interval of a bootstrap over them. The slope is that of the
 logarithm of the singular values against that of their number, the median over the layers: low rank
-pays only where spectra decay (about -1 and below). ``--quick`` takes the shipped models with fewer
-samples. Nothing is drawn at random but the bootstrap.
+pays only where spectra decay (about -1 and below). *At best* is the SQNR that one width would gain
+by widths that need not be whole, if costs added up and fell by 4 a bit: with ``c`` those of the one
+width and ``w`` the shares of the weights, ``10 log10(sum c / prod (c / w)^w)``. ``--quick`` takes
+the shipped models with fewer samples. Nothing is drawn at random but the bootstrap.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import sys
 import tempfile
@@ -27,23 +30,30 @@ from collections.abc import Sequence
 import common
 import int8
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from common import Claim
 from int8 import LITE0, MINILM, SHIPPED, Work
 from rich.table import Table
 
-from qcompile import execute, factors, graph, pareto, pipeline, registry
+from qcompile import deciding, execute, factors, graph, pareto, pipeline, registry, sensitivity
 from qcompile.backends.base import Target
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.calibrate import Calibration
+from qcompile.candidates import Costs, Items
 from qcompile.capture import capture
+from qcompile.deciding import Weights
 from qcompile.execute import Session
+from qcompile.passes.gptq import Gptq
 from qcompile.pipeline import Context
 from qcompile.ports import inputs_of
-from qcompile.sources import load
+from qcompile.sensitivity import Sensitivity
+from qcompile.sources import Data, load
 
 # Widths under a budget of stored bytes, those of 4 bits for all.
 STORED = "mixed, as stored"
+# Bytes of a file that all packed weights share, which are in no budget.
+SHARED = 1000
 FRONT, BEHIND = "simplify,recompose,fold-bn", ",gptq{damping=0.1},insert-qdq"
 
 
@@ -69,6 +79,7 @@ class Row:
     sqnr: float
     interval: tuple[float, float]
     slope: float
+    at_best: float | None
 
 
 def choices(budget: float, methods: Sequence[str], options: str) -> dict[str, str]:
@@ -115,7 +126,8 @@ def measure(
             if name != "uniform" and words and not any(word in name for word in words):
                 continue
             if name == STORED:
-                text = f"assign-bits{{budget=size={whole:.6f}MB table=full{options}}}"
+                least = whole - SHARED / 1e6
+                text = f"assign-bits{{budget=size={least:.6f}MB table=full{options}}}"
             decided = model.clone()
             # A calibration of its own, so that every row pays for what it measures.
             own = Context(calibration=Calibration(data.data), target=target, reference=model)
@@ -139,9 +151,33 @@ def measure(
                     int(counted.get("products", 0)),
                     float(10 * np.log10(signal.sum() / noise.sum())),
                     int8.bootstrap(signal, noise, seed), slope,
+                    at_best(model, int(budget), own) if name == "uniform" and budget <= 4 else None,
                 )
             )  # fmt: skip
     return rows
+
+
+def at_best(model: ir.Model, bits: int, context: Context) -> float:
+    """What widths that need not be whole would gain in dB on ``bits`` for all, at equal bits.
+
+    Of ``sum c_l 4^-d_l`` with ``sum w_l d_l = 0`` the least has all ``c_l 4^-d_l / w_l`` equal.
+    """
+    fit, apart = context.data().to_fit(len(context.data().samples))
+    seen = Calibration(Data(context.data().data.source, fit), mask=context.data().mask)
+    layers = [layer for layer in graph.layers(model) if layer.kind in deciding.WEIGHTED]
+    rounding = dataclasses.replace(context, calibration=seen)
+    items = Items(
+        model, layers, (bits,), Weights("int8", "channel", 32, "mse"), rounding,
+        fit=Gptq(damping=0.1),
+    )  # fmt: skip
+    costs = Costs(items, Sensitivity(model, apart.some(16), sensitivity.metric("nsr")))
+    places = [(item, 0) for item in range(len(items))]
+    costs.measure(places)
+    found = np.array([costs.guess(*place) for place in places])
+    sizes: npt.NDArray[np.float64] = np.array([float(math.prod(items.shape(i))) for i, _ in places])
+    shares = sizes / sizes.sum()
+    least = np.exp(shares @ np.log(np.maximum(found, 1e-30) / shares))
+    return float(10 * np.log10(found.sum() / least))
 
 
 def file_size(lowered: ir.Model, target: Target) -> int:
@@ -204,13 +240,16 @@ def table(rows: Sequence[Row]) -> Table:
     shown = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("model", "choice"):
         shown.add_column(column)
-    for column in ("bits", "MB", "SQNR dB", "surrogate", "passes", "of table", "products", "slope"):
+    for column in (
+        "bits", "MB", "SQNR dB", "at best", "surrogate", "passes", "of table", "products", "slope",
+    ):  # fmt: skip
         shown.add_column(column, justify="right")
     for row in rows:
         low, high = row.interval
         shown.add_row(
             row.work, row.choice, f"{row.bits:.2f} of {row.budget:g}", f"{row.file_mb:.3f}",
             f"{row.sqnr:.1f} [{low:.1f}, {high:.1f}]",
+            "" if row.at_best is None else f"+{row.at_best:.1f}",
             "" if row.cost is None else f"{row.cost:.3g}", f"{row.forward_passes:.0f}",
             f"{row.share:.0%}", str(row.products), f"{row.slope:.2f}",
         )  # fmt: skip
