@@ -80,6 +80,8 @@ class Kernels:
     * ``alone``: the bits that weights with a float input may be stored in, in blocks.
     * ``clips_codes``: whether activations of fewer than 8 bits are kept to their levels as codes,
       behind their QuantizeLinear, or as values in front of it.
+    * ``tables``: whether rows of packed tables are gathered.
+    * ``nibbles``: whether there are types of 4 bits; without them codes are held in 8.
     * ``unpacks``: whether a file may hold codes packed, which the runtime unpacks (``packing``).
     """
 
@@ -87,6 +89,8 @@ class Kernels:
     widest: int = 8
     alone: tuple[int, ...] = (4, 8)
     clips_codes: bool = True
+    tables: bool = True
+    nibbles: bool = True
     unpacks: bool = False
 
 
@@ -187,6 +191,7 @@ class Lowering:
         grid = self.weight_grid(decided, value.dtype)
         key = (value, repr((decided, wide)).encode())
         if key not in self._pairs:
+            wide = wide or not self.kernels.nibbles
             stored = IntFormat(8, grid.format.signed) if wide else grid.format
             codes = self.written(
                 value, decided, stored.dtype, graph.shape_of(value) or (),

@@ -1,8 +1,9 @@
 """What ONNX Runtime's kernels take by instruction set, and what its versions read.
 
 By instruction set: the docstring of ``quantize_static`` in ONNX Runtime 1.32. By version: its table
-of opsets, where in doubt the lower one, and the releases that brought MatMulNBits (1.17) and its
-8-bit kernels (1.22).
+of opsets, where in doubt the lower one, and the releases that brought MatMulNBits (1.17), tensors
+of 4 bits (1.19: 1.18 refuses them), the 8-bit kernels of MatMulNBits (1.22), and packed tables in
+GatherBlockQuantized (1.23: 1.22 refuses the file).
 """
 
 from __future__ import annotations
@@ -73,5 +74,7 @@ def kernels(isa: str, version: str) -> Kernels:
         activations=IntFormat(8, signed=isa == "arm"),
         widest=7 if isa == "avx2" else 8,
         alone=(4,) if number(version) < (1, 22) else (4, 8),
+        tables=number(version) >= (1, 23),
+        nibbles=number(version) >= (1, 19),
         unpacks=True,
     )

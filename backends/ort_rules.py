@@ -38,6 +38,8 @@ def keep_float(low: Lowering) -> int:
 def _why_float(low: Lowering, layer: Layer) -> str:
     node = layer.node
     if layer.kind == "embedding":
+        if not low.kernels.tables:
+            return "no kernel of this version for packed tables: ONNX Runtime 1.23 has one"
         return ort_embedding.why_float(layer)
     entered = layer.input.spec if layer.input else None
     if layer.kind == "conv-transpose" and entered is not None:

@@ -146,10 +146,12 @@ def _within(
 def rounded(lowered: ir.Model, draw: int) -> ir.Model:
     """``lowered`` with each float constant in memory off by up to ``ROUNDING``, relative.
 
-    All but those that say what is computed: the region and the factors of a Resize.
+    All but those that say what is computed: the region and the factors of a Resize, and exponents
+    (no power of a negative number is defined but for whole ones).
     """
     model, rng = lowered.clone(), np.random.default_rng(draw)
-    exact = {v for node in model.graph if node.op_type == "Resize" for v in node.inputs[1:]}
+    said = (n for n in model.graph if n.op_type in ("Resize", "Pow"))
+    exact = {value for node in said for value in node.inputs[1:]}
     for value in model.graph.initializers.values():
         tensor = value.const_value
         # What lies in a file, or is computed when it is written, may be larger than memory.
@@ -160,7 +162,10 @@ def rounded(lowered: ir.Model, draw: int) -> ir.Model:
         factor = rng.random(array.shape, np.float32)
         factor *= np.float32(2.0 * ROUNDING)
         factor += np.float32(1.0 - ROUNDING)
-        factor *= array
+        with np.errstate(over="ignore"):
+            factor *= array
+        # The most negative number, of which masks are made, stays a number.
+        np.copyto(factor, array, where=~np.isfinite(factor))
         value.const_value = ir.Tensor(factor, name=value.name)
     return model
 

@@ -113,6 +113,11 @@ class Verdict:
         return _reaches(self.compiled, self.compiled_limit)
 
     @property
+    def judged(self) -> bool:
+        """Whether anything can be said of the output."""
+        return self.compiled_limit is not None
+
+    @property
     def as_promised(self) -> bool:
         """Whether the output is as near to float as it was where it was compiled."""
         return _reaches(self.float, self.float_limit)
@@ -153,8 +158,12 @@ class Result:
 
     @property
     def good(self) -> bool:
-        """Whether the files and every output are as compiled, and as good as promised."""
-        return not self.changed and all(v.agrees and v.as_promised for v in self.verdicts)
+        """Whether the files and every output are as compiled, and as good as promised.
+
+        Not if no output can be judged.
+        """
+        sound = all(v.agrees and v.as_promised for v in self.verdicts)
+        return not self.changed and sound and any(v.judged for v in self.verdicts)
 
     def lines(self) -> Iterator[str]:
         """What a person reads of it."""
@@ -166,12 +175,16 @@ class Result:
         """The verdict in one sentence."""
         differ = ", ".join(repr(v.output) for v in self.verdicts if not v.agrees)
         worse = ", ".join(repr(v.output) for v in self.verdicts if not v.as_promised)
+        unjudged = ", ".join(repr(v.output) for v in self.verdicts if not v.judged)
         if self.good:
-            return "this device computes what was compiled, as well as promised"
+            but = f" (nothing can judge {unjudged})" if unjudged else ""
+            return f"this device computes what was compiled, as well as promised{but}"
         said = [f"{', '.join(self.changed)} changed since it was compiled"] if self.changed else []
         said += [f"output {differ} is not what was compiled"] if differ else []
         said += [f"output {worse} is worse than promised"] if worse else []
-        if not worse:
+        if not any(v.judged for v in self.verdicts):
+            said.append(f"nothing can judge {unjudged}: it was not finite where it was compiled")
+        elif not worse:
             said.append("what it computes is as near to float as promised")
         return "; ".join(said)
 

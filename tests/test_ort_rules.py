@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from lowering import Array
 
-from qcompile import decisions, execute, graph, numerics, spec, text, verify
+from qcompile import decisions, execute, graph, numerics, packing, spec, text, verify
 from qcompile.backends import ort_isa, ort_rules
 from qcompile.backends.lowering import Kernels, Lowering, affine
 from qcompile.backends.onnxruntime import OrtCpu
@@ -572,6 +572,29 @@ def test_weights_are_packed_only_beside_a_float_input(
     _, _, low = act(source, "weights", passes)
     initializers = low.model.graph.initializers
     assert initializers["w/codes"].dtype == initializers["w/zero_point"].dtype == stored
+
+
+@pytest.mark.parametrize(("version", "stored"), [("1.18", "INT8"), ("1.19", "INT4")])
+def test_releases_without_types_of_4_bits_hold_codes_in_8(version: str, stored: str) -> None:
+    source = "(float[N,64] x) => (float[N,64] y) <float[64,64] w> { y = MatMul(x, w) }"
+    kernels = ort_isa.kernels("avx2", version)
+    passes = "simplify,quantize{weight=int4 input=float}"
+    _, _, low = act(source, "weights", passes, kernels=kernels)
+    assert low.model.graph.initializers["w/codes"].dtype == ir.DataType[stored]
+    [node] = [n for n in low.model.graph if n.op_type == "DequantizeLinear"]
+    assert node.metadata_props.get(packing.BITS) == ("4" if stored == "INT8" else None)
+
+
+@pytest.mark.parametrize(("version", "why"), [("1.22", "packed tables"), ("1.23", "")])
+def test_releases_that_gather_no_packed_rows_have_tables_in_float(version: str, why: str) -> None:
+    source = """(int64[N,4] x) => (float[N,4,8] y) <float[32,16] t, float[16,8] w> {
+        g = Gather(t, x) y = MatMul(g, w) }"""
+    kernels = ort_isa.kernels("avx2", version)
+    passes = "simplify,quantize{input=float embedding=int8}"
+    _, _, low = act(source, "keep-float", passes, kernels=kernels)
+    [node] = [n for n in low.model.graph if n.op_type == "Gather"]
+    assert why in node.metadata_props.get(graph.REASON, "")
+    assert bool(node.metadata_props.get(graph.REASON)) == bool(why)
 
 
 def test_weights_that_two_layers_share_are_stored_once() -> None:

@@ -191,6 +191,39 @@ def test_a_limit_is_below_what_a_sound_run_reaches_and_above_a_random_one(
         assert 10 < verdict.compiled_limit < verdict.compiled.value
 
 
+# A norm written out, whose Pow reads numbers below zero, and a mask of the least float there is.
+MASKED = """(float[N,32] x) => (float[N,16] z)
+    <float[32,32] w, float[32,16] v, float two = {2.0}, int64[1] last = {-1},
+     float least = {-3.4028234663852886e38}, float nought = {0.0}> {
+    h = MatMul(x, w) p = Pow(h, two) m = ReduceMean(p, last) s = Sqrt(m) n = Div(h, s)
+    b = Less(n, nought) f = Cast<to=1>(b) k = Mul(f, least) q = Add(n, k) r = Relu(q)
+    z = MatMul(r, v) }"""
+
+
+def test_powers_and_masks_are_judged_as_all_else(tmp_path: pathlib.Path) -> None:
+    out = compiled(tmp_path / "out", MASKED, passes="calibrate,quantize,insert-qdq")
+    result = selfcheck.check(out)
+    assert result.good and all(v.judged for v in result.verdicts)
+    [verdict] = result.verdicts
+    assert verdict.compiled_limit is not None and verdict.compiled_limit > 5
+
+
+def test_what_nothing_can_judge_is_not_called_good(
+    tmp_path: pathlib.Path, qcompile: Command
+) -> None:
+    out = compiled(tmp_path / "out")
+    spec = json.loads((out / "check" / "check.json").read_text())
+    first, second = spec["outputs"]
+    blind = {"compiled_limit": None, "float_limit": None}
+    changed(out / "check" / "check.json", outputs=[first, second | blind])
+    done = qcompile("verify", out)
+    assert done.code == 0 and f"(nothing can judge {second['name']!r})" in done.out
+    changed(out / "check" / "check.json", outputs=[first | blind, second | blind])
+    done = qcompile("verify", out)
+    assert done.code == 3
+    assert "nothing can judge 'y', 'z': it was not finite where it was compiled" in done.err
+
+
 def test_a_device_of_coarser_arithmetic_passes(tmp_path: pathlib.Path) -> None:
     out = compiled(tmp_path / "out")
     model = execute.load(out / "model.onnx")
