@@ -29,8 +29,8 @@ def check() -> None:
 def spread(address: str | None) -> Generator[None]:
     """Within it, work is spread over the Dask cluster with its scheduler at ``address``, if any.
 
-    Raises QCompileError if no scheduler answers, if no worker can import this qcompile, and if
-    workers die of a task.
+    Raises QCompileError if no scheduler answers, if no worker can import this qcompile, if workers
+    die of a task, and if the scheduler goes away.
     """
     if address is None:
         yield
@@ -53,6 +53,11 @@ def spread(address: str | None) -> Generator[None]:
                 raise QCompileError(
                     f"workers of the cluster {address!r} die in {error.name}, perhaps because they "
                     f"have too little memory: {reason(error.__cause__)}"
+                ) from error
+            if client.status != "running":
+                raise QCompileError(
+                    f"the scheduler of the cluster {address!r} went away in {error.name}; start it "
+                    "again with its workers, and give --resume to go on"
                 ) from error
             raise
 

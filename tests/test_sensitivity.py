@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import pickle
+import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -213,6 +217,54 @@ def test_a_cluster_without_workers_is_the_users_error(
         done = compiled(qcompile, tmp_path / "out", "--cluster", made.scheduler_address)
         assert done.code == 1
         assert f"has no worker; start one with 'dask worker {made.scheduler_address}'" in done.err
+
+
+def test_workers_of_another_version_are_refused(
+    qcompile: Command, tmp_path: pathlib.Path, scheduler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qcompile.__version__", "9.9.9")
+    address = scheduler.scheduler_address
+    done = compiled(qcompile, tmp_path / "out", "--cluster", address)
+    assert done.code == 1 and not (tmp_path / "out").exists()
+    assert f"a worker of the cluster '{address}' has qcompile 0" in done.err
+    assert "here is 9.9.9" in done.err
+
+
+def fatal(runs: Iterable[tuple[Any, Mapping[str, Floats]]]) -> float:
+    """A metric that takes the scheduler with it, where it is run by a worker."""
+    if "QCOMPILE_TEST_SCHEDULER" in os.environ:
+        os.kill(int(os.environ["QCOMPILE_TEST_SCHEDULER"]), signal.SIGKILL)
+    return loudness(runs)
+
+
+def test_a_scheduler_that_goes_away_is_said(
+    qcompile: Command, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "2s")
+    dask, place = [sys.executable, "-m", "dask"], tmp_path / "scheduler.json"
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    file = ["--scheduler-file", str(place), "--no-dashboard"]
+    made = [subprocess.Popen([*dask, "scheduler", "--port", "0", *file], **quiet)]
+    try:
+        environment = os.environ | {
+            "QCOMPILE_TEST_SCHEDULER": str(made[0].pid),
+            "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path]),
+        }
+        for _ in range(300):
+            if place.is_file() and place.read_text().endswith("}"):
+                break
+            time.sleep(0.1)
+        worker = [*dask, "worker", *file, "--nthreads", "1", "--no-nanny"]
+        made += [subprocess.Popen(worker, env=environment, **quiet) for _ in range(2)]
+        address = json.loads(place.read_text())["address"]
+        done = compiled(qcompile, tmp_path / "out", "--cluster", address, metric=f"{HERE}:fatal")
+    finally:
+        for process in made:
+            process.kill()
+            process.wait()
+    assert done.code == 1 and not (tmp_path / "out").exists()
+    assert f"error: the scheduler of the cluster '{address}' went away in assign-bits" in done.err
 
 
 def test_without_dask_the_command_that_installs_it_is_said(
