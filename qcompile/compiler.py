@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shlex
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -179,7 +180,7 @@ class Compiler:
         results: list[Compiled] = []
         with folders.appearing(out) as folder:
             for target in self.targets:
-                place = folder / target.name if len(self.targets) > 1 else folder
+                place = folder / self._named(target) if len(self.targets) > 1 else folder
                 place.mkdir(exist_ok=True)
                 self.options.log(f"lowering for {target}")
                 done = self._lower(
@@ -190,6 +191,11 @@ class Compiler:
                 results.append(dataclasses.replace(done, folder=out / place.relative_to(folder)))
         self._require(results)
         return results
+
+    def _named(self, target: Target) -> str:
+        """The name of the folder of ``target``, with its options if another has its name."""
+        alike = [other for other in self.targets if other.name == target.name]
+        return target.name if len(alike) == 1 else re.sub(r"[^\w.]+", "-", str(target)).strip("-")
 
     def opened(self, source: Any) -> tuple[ir.Model, Image | None, Calibration | None]:
         """The model as captured, the preprocessing left outside of it, and calibration data."""
@@ -315,7 +321,7 @@ class Compiler:
         key: str,
     ) -> Compiled:
         # Each target runs the passes behind the fork: their snapshots need names of their own.
-        place = f"-{target.name}" if len(self.targets) > 1 else ""
+        place = f"-{self._named(target)}" if len(self.targets) > 1 else ""
         last = next((i for i, p in enumerate(passes) if "lowered" in p.produces), len(passes))
         keys = checkpoints.keys(key, passes[:last], str(target))
         self._part = crash.Part(model, pipeline.to_text(passes), str(target), context.calibration)

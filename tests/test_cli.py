@@ -63,6 +63,20 @@ def test_a_real_model_becomes_integers_and_the_same_command_writes_the_same_byte
     assert f"wrote {tmp_path / 'one'}" in mine.out
 
 
+def test_each_target_has_a_folder_of_its_own(tmp_path: pathlib.Path, qcompile: Command) -> None:
+    asked = ("ort-cpu{isa=avx2 version=1.32}", "ort-cpu{isa=arm version=1.32}", "tensorrt-rtx")
+    words = [word for target in asked for word in ("--target", target)]
+    command = [fashion.path(fashion.CNN), "--calib", fashion.path(fashion.CALIBRATION), *words]
+    done = qcompile(*command, "--passes", "calibrate,quantize,insert-qdq", "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    folders = ["ort-cpu-isa-arm-version-1.32", "ort-cpu-isa-avx2-version-1.32", "tensorrt-rtx"]
+    assert names(tmp_path / "out") == folders
+    told = [json.loads((tmp_path / "out" / f / "report.json").read_text()) for f in folders]
+    assert [report["target"] for report in told] == [asked[1], asked[0], asked[2]]
+    one, other = ((tmp_path / "out" / f / "model.onnx").read_bytes() for f in folders[:2])
+    assert one != other
+
+
 def test_the_report_and_the_file_say_how_it_was_made(here: pathlib.Path, qcompile: Command) -> None:
     assert qcompile(*TINY, "--seed", 7).code == 0
     written = json.loads((here / "result" / "report.json").read_text())
