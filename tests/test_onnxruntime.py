@@ -283,8 +283,15 @@ def test_an_older_version_gets_an_older_file_or_is_refused(tmp_path: pathlib.Pat
     assert result.model.opset_imports[""] <= 20 and result.model.ir_version <= 9
     with pytest.raises(TargetError, match="formats need opset 21; this target reads up to 20"):
         lowering.lower(
-            WIDE, OrtCpu(version="1.17"), tmp_path, "simplify,quantize{weight=int4 input=float}"
+            WIDE, OrtCpu(version="1.17"), tmp_path, "simplify,calibrate,quantize{input=int16}"
         )
+    # Of weights of 4 bits there are no types, so that codes are held in 8.
+    narrow = lowering.lower(
+        WIDE, OrtCpu(version="1.17"), tmp_path, "simplify,quantize{weight=int4 input=float}"
+    )
+    assert narrow.model.opset_imports[""] <= 20
+    small = {ir.DataType.INT4, ir.DataType.UINT4}
+    assert not small & {v.dtype for v in narrow.model.graph.initializers.values()}
 
 
 @pytest.mark.parametrize("version", ["1", "new", "1.16"])
