@@ -64,10 +64,12 @@ class AlignNorms(Pass):
         taken = {node: readers for node, readers in found.items() if readers}
         axes = {node.outputs[0].name or "": -1 for node in taken}
         moments = ctx.data().moments(model, axes, self.samples) if taken else {}
-        for node, readers in taken.items():
+        aligned = sum(
             _align(model, node, readers, moments[node.outputs[0].name or ""])
+            for node, readers in taken.items()
+        )
         graph.remove_dead(model)
-        return {"aligned": len(taken), "left alone": len(norms) - len(taken)}
+        return {"aligned": aligned, "left alone": len(norms) - aligned}
 
 
 def _readers(model: ir.Model, norm: ir.Node, excluded: set[ir.Node]) -> list[Layer]:
@@ -101,11 +103,12 @@ def _takes(layer: Layer, written: ir.Value) -> bool:
     return plain and not graph.attribute(layer.node, "transA", 0)
 
 
-def _align(model: ir.Model, norm: ir.Node, readers: Sequence[Layer], seen: Moments) -> None:
+def _align(model: ir.Model, norm: ir.Node, readers: Sequence[Layer], seen: Moments) -> bool:
+    """Align ``norm``; False if it writes nothing but constants."""
     spread = seen.high - seen.low
     mean = spread[spread > 0].mean() if (spread > 0).any() else 0.0
     if not np.isfinite(mean) or mean == 0:
-        return
+        return False
     ratio = np.where(spread > 0, np.clip(spread / mean, 1 / _LARGEST, _LARGEST), 1.0)
     middle = np.where(spread > 0, seen.low / ratio - seen.low.mean(), 0.0)
     gain, shift = (Use(norm, index) for index in (1, 2))
@@ -120,6 +123,7 @@ def _align(model: ir.Model, norm: ir.Node, readers: Sequence[Layer], seen: Momen
         _write(model, bias, graph.constant(bias.value) + more)
     # It no longer holds what its name stood for.
     norm.outputs[0].name = graph.unique(model, f"{norm.outputs[0].name}/aligned")
+    return True
 
 
 def _write(model: ir.Model, use: Use, array: Doubles) -> None:

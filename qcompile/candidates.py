@@ -47,13 +47,19 @@ class Size:
         return {"bits": self.bits, "size": self.stored, "bops": self.bops}[kind]
 
 
-def size_of(shape: Sequence[int], decided: TensorSpec, unpacks: bool = False) -> Size:
-    """The size of a weight of ``shape`` as ``decided``; packed if a runtime ``unpacks`` codes."""
+def size_of(
+    shape: Sequence[int], decided: TensorSpec, unpacks: bool = False, wide: bool = False
+) -> Size:
+    """The size of a weight of ``shape`` as ``decided``.
+
+    Packed if a runtime ``unpacks`` codes, else in types of 8 bits if ``wide``, as beside a
+    quantized input.
+    """
     form, count = numerics.parse_format(decided.format), math.prod(shape)
     groups = 1
     if decided.axis is not None:
         groups = shape[decided.axis] if decided.block is None else count // decided.block
-    held = form.stored.bits
+    held = max(form.stored.bits, 8 if wide else 0)
     packed = packing.bits_of(form, held, count) if unpacks and decided.block is None else held
     codes, zeros = packed * math.ceil(count / 8), math.ceil(groups * held / 8)
     codes += packing.NODES if packed < held else 0
@@ -189,7 +195,7 @@ class Items:
             return Size(bits, bits / 8)
         decided = self._with(choice.bits)[1][self.name(item)].weight.spec
         assert decided is not None
-        return size_of(self.shape(item), decided, self.unpacks)
+        return size_of(self.shape(item), decided, self.unpacks, self.entered != FLOAT_BITS)
 
     def operations(self, item: int, choice: Choice) -> float:
         """Bit operations of a run, of all layers that read the weight."""

@@ -172,11 +172,13 @@ def bits_of(model: ir.Model, decided: ir.Model) -> float:
 def stored_of(decided: ir.Model, target: Target) -> float:
     """Bytes of all decided weights in a file for ``target``, scales counted."""
     unpacks = target.kernels().unpacks
-    return sum(
-        size_of(graph.shape_of(layer.weight.value) or (), layer.weight.spec, unpacks).stored
-        for layer in graph.layers(decided)
-        if layer.weight.spec is not None and graph.is_constant(layer.weight.value)
-    )
+    total = 0.0
+    for layer in graph.layers(decided):
+        if layer.weight.spec is not None and graph.is_constant(layer.weight.value):
+            shape = graph.shape_of(layer.weight.value) or ()
+            wide = layer.input is not None and layer.input.spec is not None
+            total += size_of(shape, layer.weight.spec, unpacks, wide).stored
+    return total
 
 
 # -- for people ---------------------------------------------------------------------------------

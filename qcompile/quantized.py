@@ -30,6 +30,8 @@ Key = tuple[str, str]
 
 # Codes of fewer bits, stored in 8 beside a quantized input.
 WIDE = IntFormat(8, signed=True)
+# What a gain changes.
+Of = Literal["output", "weight"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Gain:
 
     factor: Tensor
     shift: Tensor
-    of: Literal["output", "weight"] = "output"
+    of: Of = "output"
 
     def along(self, axis: int) -> Map:
         """As a function of ``y`` with its channels along ``axis``."""
@@ -99,8 +101,8 @@ class Quantized:
 
     def codes_of(self, layer: Layer) -> Codes:
         """The codes of the weight of ``layer``: fitted here, before, or rounded to the nearest."""
-        changed = self._changed(layer)
-        return self._codes(layer) if changed is None else self.grid(layer).quantize(changed)
+        wide = self._wide(layer)
+        return self._codes(layer) if wide is None else wide[1]
 
     def _codes(self, layer: Layer) -> Codes:
         found = self.codes.get(self.key(layer))
@@ -116,12 +118,8 @@ class Quantized:
 
     def grid(self, layer: Layer) -> Grid:
         """The grid of the weight of ``layer``, its scale fitted here or as decided."""
-        decided, dtype = layer.weight.spec, layer.weight.value.dtype
-        assert decided is not None
-        changed = self._changed(layer)
-        if changed is not None:
-            return decisions.in_type(numerics.weight_grid(changed, WIDE, decided.axis), dtype)
-        return self._grid(layer)
+        wide = self._wide(layer)
+        return self._grid(layer) if wide is None else wide[0]
 
     def _grid(self, layer: Layer) -> Grid:
         decided, dtype = layer.weight.spec, layer.weight.value.dtype
@@ -129,13 +127,16 @@ class Quantized:
         grid, scale = decisions.grid(self.model, decided, dtype), self.scales.get(self.key(layer))
         return grid if scale is None else decisions.in_type(grid.rescaled(scale), dtype)
 
-    def _changed(self, layer: Layer) -> Floats | None:
-        """The rounded weight of ``layer`` with its gain, if it has one of its weight."""
-        gain = self.gains.get(layer.name)
-        if gain is None or gain.of != "weight":
+    def _wide(self, layer: Layer) -> tuple[Grid, Codes] | None:
+        """Grid and codes of 8 bits of the weight of ``layer`` with its gain; None without one."""
+        gain, decided = self.gains.get(layer.name), layer.weight.spec
+        if gain is None or gain.of != "weight" or decided is None:
             return None
         rounded = rounding.tensor(self._grid(layer).dequantize(self._codes(layer)), self.device)
-        return gain.along(layer.channel_axis)(rounded).detach().cpu().numpy()
+        changed = gain.along(layer.channel_axis)(rounded).detach().cpu().numpy()
+        grid = numerics.weight_grid(changed, WIDE, decided.axis)
+        grid = decisions.in_type(grid, layer.weight.value.dtype)
+        return grid, grid.quantize(changed)
 
     def weight(self, layer: Layer) -> rounding.Weight:
         """The weight of ``layer`` with logits to fit."""
@@ -214,7 +215,7 @@ class Quantized:
             found = [(layer, self.bias(layer), self._is_fitted(layer)) for layer in layers]
             if key in self.codes or any(layer.name in self.gains for layer in layers):
                 grid, codes = self.grid(layers[0]), self.codes_of(layers[0])
-                if key in self.scales or self._changed(layers[0]) is not None:
+                if key in self.scales or self._wide(layers[0]) is not None:
                     decisions.write_grid(self.model, layers, grid)
                 decisions.write_codes(self.model, layers, codes)
             for layer, bias, fitted in found:
@@ -254,8 +255,8 @@ class Quantized:
         moved = bias * factor.reshape(shape) + gain.shift.detach().cpu().numpy().reshape(shape)
         return moved.astype(bias.dtype)
 
-    def gainable(self, layer: Layer, of: Literal["output", "weight"] = "output") -> bool:
-        """Whether a gain of ``layer`` folds into its weight and bias."""
+    def gainable(self, layer: Layer, of: Of = "output") -> bool:
+        """Whether a gain of ``layer``, of what it writes or of its weight, can be folded."""
         alone = len(graph.readers(layer.weight.value)) == 1
         if not alone or layer.kind not in ("conv", "depthwise", "linear"):
             return False

@@ -21,7 +21,7 @@ from qcompile import blocks, graph, rounding, torch_exec
 from qcompile.blocks import Block
 from qcompile.numerics import Codes
 from qcompile.prefix import Prefix, Tensors
-from qcompile.quantized import Gain, Key, Map, Maps, Spare
+from qcompile.quantized import Gain, Key, Map, Maps, Of, Spare
 from qcompile.sequences import Sample, Samples
 from qcompile.spill import Spill
 from qcompile.torch_exec import TorchGraph
@@ -55,7 +55,7 @@ class Settings:
     weights: bool = True
     ranges: bool = True
     gains: Literal["none", "layer", "channel"] = "none"
-    gains_of: Literal["output", "weight"] = "output"
+    gains_of: Of = "output"
     weight_rate: float = 0.0
     range_rate: float = 0.0
     decide: float = 0.0

@@ -302,7 +302,7 @@ def _stored_bytes(lowered: ir.Model) -> dict[str, int]:
                         total += part.const_value.nbytes
                 if parts and producer is not None:
                     total -= packing.saved(producer)
-            total -= packing.saved(node) if node.op_type == "MatMulIntegerToFloat" else 0
+            total -= packing.saved(node)
             found[name] = max(found.get(name, 0), total)
     return found
 
