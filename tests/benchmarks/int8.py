@@ -10,7 +10,8 @@ are of the MACs, by the proof. Latency is the median ratio to float, one thread,
 the float-to-float null beside it. ``--quick`` takes the shipped models only. The recipe draws
 nothing at random, so seeds change the bootstrap alone. Right is top-1 or the share of lines read
 without a fault; ``as float`` is the share of lines that are read as by the float model, rightly or
-not.
+not, and in brackets the two bounds of it: with the weights alone at 8 bits, and what is read alike
+with the activations in 8 bits as well.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class Row:
     accuracy: float | None
     float_accuracy: float | None
     equal: float | None
+    equal_weights: float | None
+    equal_activations: float | None
     share_int8: float
     linear_int8: str
     float_mb: float
@@ -209,18 +212,12 @@ def bootstrap(signal: Array, noise: Array, seed: int = 0) -> tuple[float, float]
     return float(low), float(high)
 
 
-def bounds(
-    work: Work, target: str, compiled: execute.Session, samples: list[Sample]
-) -> tuple[float, float]:
-    """SQNR with only the weights at 8 bits, and of what the activations of ``compiled`` add.
-
-    By the same passes, of what ``target`` quantizes.
-    """
+def with_weights_alone(work: Work, target: str) -> execute.Session:
+    """``work`` with only the weights of what ``target`` quantizes at 8 bits, by the same passes."""
     model = capture.capture(work.source)
-    reference = model.clone()
     data = load(work.calibration, inputs_of(model))
     context = pipeline.Context(
-        calibration=Calibration(data), target=compiler.parse_target(target), reference=reference
+        calibration=Calibration(data), target=compiler.parse_target(target), reference=model.clone()
     )
     passes = [
         dataclasses.replace(step, input="float", scale="static")
@@ -229,8 +226,7 @@ def bounds(
         for step in pipeline.parse(recipes.expand(work.passes), registry.passes())
     ]
     pipeline.run(model, passes, context)
-    judge, weights = simulate.Judge(reference, samples), execute.Session(model, optimize=False)
-    return judge.worst(weights), min(judge.between(weights, compiled).values())
+    return execute.Session(model, optimize=False)
 
 
 def measure(work: Work, seed: int) -> tuple[list[Row], list[report.Report]]:
@@ -254,7 +250,8 @@ def measure(work: Work, seed: int) -> tuple[list[Row], list[report.Report]]:
                 labels = work.labels()
                 right, float_right = (float(np.mean(np.equal(i, labels))) for i in (other, one))
             weighted = [r for r in here.layers if r.kind in ("conv", "depthwise", "linear")]
-            weights, activations = bounds(work, here.target, compiled, judges[:64])
+            alone = with_weights_alone(work, here.target)
+            judge = simulate.Judge(capture.capture(work.source), judges[:64])
             rows.append(
                 Row(
                     work=work.name,
@@ -262,11 +259,13 @@ def measure(work: Work, seed: int) -> tuple[list[Row], list[report.Report]]:
                     passes=work.passes,
                     sqnr=float(10 * np.log10(signal.sum() / noise.sum())),
                     interval=bootstrap(signal, noise, seed),
-                    weights=weights,
-                    activations=activations,
+                    weights=judge.worst(alone),
+                    activations=min(judge.between(alone, compiled).values()),
                     accuracy=right,
                     float_accuracy=float_right,
                     equal=equal,
+                    equal_weights=lines(work, reference, alone, judges)[2],
+                    equal_activations=lines(work, alone, compiled, judges)[2],
                     share_int8=here.share_of_macs("int8"),
                     linear_int8=f"{sum(r.runs == 'int8' for r in weighted)}/{len(weighted)}",
                     float_mb=here.size.float_bytes / 1e6,
@@ -329,7 +328,9 @@ def table(rows: list[Row]) -> Table:
         shown.add_column(column, justify="right")
     for row in rows:
         accuracy = "" if row.accuracy is None else f"{row.accuracy:.2%} ({row.float_accuracy:.2%})"
-        equal = "" if row.equal is None else f"{row.equal:.1%}"
+        equal = ""
+        if row.equal is not None:
+            equal = f"{row.equal:.1%} ({row.equal_weights:.1%}, {row.equal_activations:.1%})"
         latency = "" if row.latency is None else f"{row.latency:.2f}"
         null = "" if row.null is None else f"{row.null:.2f}"
         interval = f"[{row.interval[0]:.1f}, {row.interval[1]:.1f}]"
