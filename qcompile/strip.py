@@ -28,10 +28,10 @@ def strip(model: ir.Model) -> int:
     operators MatMulIntegerToFloat, which ``ort-cpu`` writes, is taken apart first; others
     (QLinearConv, MatMulInteger, ...) stay, and the caller refuses what is left.
     """
-    _unpack(model)
     for node in list(model.graph):
         if node.op_type == "MatMulIntegerToFloat":
             _unfold(model, node)
+    _unpack(model)  # behind it, since those kernels read codes as well
     count = 0
     for node in list(model.graph):
         if node.op_type != "DequantizeLinear" or node.inputs[0] is None:

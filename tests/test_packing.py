@@ -177,8 +177,9 @@ def test_weights_in_a_file_of_their_own_are_packed_when_they_are_written(
     np.testing.assert_array_equal(outputs[0], outputs[1])
 
 
-def test_a_packed_file_is_stripped_as_any_other(tmp_path: pathlib.Path) -> None:
-    path = compiled(fashion.CNN, "int4", tmp_path / "out")
+@pytest.mark.parametrize("name", [fashion.CNN, fashion.VIT])
+def test_a_packed_file_is_stripped_as_any_other(name: str, tmp_path: pathlib.Path) -> None:
+    path = compiled(name, "int4", tmp_path / "out")
     stripped = capture(path, requantize=True)
     assert not any(n.op_type.endswith("Linear") for n in stripped.graph)
     feeds = {"image": fashion.calibration()[:32]}
