@@ -197,7 +197,10 @@ class Engine(Target, abc.ABC):
         count = len(trt_graph.behind(model, self.missing))
         tail = f"tail.onnx holds {count} of {len(model.graph)} nodes, to be run behind the engine"
         found = super().notes(model, folder)
-        return [*found, f"{tail}: {self._missing(model)}"] if count else found
+        found += [f"{tail}: {self._missing(model)}"] if count else []
+        tried = folder / "device.json"
+        failed = json.loads(tried.read_text())["error"] if tried.exists() else ""
+        return [*found, f"it does not run on the GPU here: {failed}"] if failed else found
 
     def _missing(self, model: ir.Model) -> str:
         """Which operators have no kernel, in the user's words."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import onnx_ir as ir
 
-from qcompile import blocks, graph
+from qcompile import blocks, devices, graph
+from qcompile.devices import Device
 from qcompile.errors import PassError
 from qcompile.pipeline import Context, Pass, Stats
 from qcompile.sequences import Samples
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 Gains = Literal["none", "layer", "channel"]
 Form = Literal["output", "weight"]
 Temporal = Literal["none", "flow"]
-Device = Literal["cpu", "cuda"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class CalibrateAffine(Pass):
       for ``g``, ``t`` and the logarithm of ranges, falling to 0 along half a cosine.
     * ``samples``: how many calibration samples are used at most; an eighth of all (sequences, with
       a state) is kept apart, and everything is dropped if it is worse there.
-    * ``device``: ``cpu`` or ``cuda``.
+    * ``device``: ``cpu`` or ``cuda``; sums round otherwise there, so that other codes are found.
 
     Layers that share a weight or (``form=output``) have no constant bias get no gain, nor
     (``form=weight``) those of 8 bits, with blocks, or with a float input; they are counted. Raises
@@ -89,7 +89,14 @@ class CalibrateAffine(Pass):
         self.is_above(0, "rate")
         self.starts_at(0, "flow_weight")
 
+    def lacks(self) -> str:
+        return super().lacks() or devices.lacks(self.device)
+
     def run(self, model: ir.Model, ctx: Context) -> Stats:
+        with devices.exact(self.device, ctx.log):
+            return self._fitted(model, ctx)
+
+    def _fitted(self, model: ir.Model, ctx: Context) -> Stats:
         from qcompile import torch_exec
         from qcompile.prefix import Prefix
         from qcompile.quantized import Quantized

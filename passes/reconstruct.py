@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import onnx_ir as ir
 
-from qcompile import blocks
+from qcompile import blocks, devices
 from qcompile.blocks import Granularity
+from qcompile.devices import Device
 from qcompile.errors import PassError
 from qcompile.pipeline import Context, Pass, Stats
 from qcompile.sequences import Sample
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from qcompile.reconstruct import Fitted, Settings
 
 Method = Literal["adaround", "brecq", "qdrop"]
-Device = Literal["cpu", "cuda"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Reconstruct(Pass):
     * ``samples``: how many calibration samples are used at most; an eighth of all (sequences, with
       a state) is kept apart. A block whose fit makes it worse on those keeps what it had, and all
       do if the outputs of the whole model get worse there.
-    * ``device``: ``cpu`` or ``cuda``.
+    * ``device``: ``cpu`` or ``cuda``; sums round otherwise there, so that other codes are found.
 
     Of a block with an operator that torch cannot run here the layers are fitted one by one; if it
     cannot be divided (a state is carried through it) it is left as it was, and counted. ``brecq``
@@ -85,7 +85,14 @@ class Reconstruct(Pass):
         self.is_above(0, "rate", "range_rate")
         self.starts_at(0, "decide")
 
+    def lacks(self) -> str:
+        return super().lacks() or devices.lacks(self.device)
+
     def run(self, model: ir.Model, ctx: Context) -> Stats:
+        with devices.exact(self.device, ctx.log):
+            return self._fitted(model, ctx)
+
+    def _fitted(self, model: ir.Model, ctx: Context) -> Stats:
         from qcompile import torch_exec
         from qcompile.prefix import Prefix
         from qcompile.quantized import Quantized

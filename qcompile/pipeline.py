@@ -71,6 +71,13 @@ class Pass(abc.ABC):
         """Whether this pass with its options reads calibration data."""
         return self.reads_data
 
+    def lacks(self) -> str:
+        """What this machine lacks for this pass with its options, and what to do; "" if nothing."""
+        for need in sorted(self.needs):
+            if importlib.util.find_spec(need) is None:
+                return f"{self.name} needs {need}: pip install 'qcompile[{need}]'"
+        return ""
+
     def measures(self) -> bool:
         """Whether this pass with its options measures time on its target, and so depends on it."""
         return False
@@ -199,9 +206,9 @@ def to_text(passes: Sequence[Pass]) -> str:
 def check(passes: Sequence[Pass], targets: Sequence[Target]) -> None:
     """Raise QCompileError for what cannot work, before anything runs.
 
-    Words: the order of the passes. Extras: packages that a pass needs. Targets: each format of
-    weights, activations and half floats, and each scale taken at run time, that a pass will ask for
-    must be one that the target can hold; and what a pass measures must run here.
+    Words: the order of the passes. This machine: packages, or a GPU, that a pass needs. Targets:
+    each format of weights, activations and half floats, and each scale taken at run time, that a
+    pass will ask for must be one that the target can hold; and what a pass measures must run here.
     """
     problem = _first_problem(passes)
     if problem is not None:
@@ -211,9 +218,8 @@ def check(passes: Sequence[Pass], targets: Sequence[Target]) -> None:
             raise PassError(_with_order(cause, passes))
         raise PassError(_order_message(passes, step, word, spoiler))
     for step in passes:
-        for need in sorted(step.needs):
-            if importlib.util.find_spec(need) is None:
-                raise PassError(f"{step.name} needs {need}: pip install 'qcompile[{need}]'")
+        if lacking := step.lacks():
+            raise PassError(lacking)
     for target in targets:
         for step in passes:
             for form in step.weight_formats():

@@ -21,6 +21,13 @@ from qcompile.trajectory import Trajectory
 Tensors = dict[str, Tensor]
 
 
+def joined(samples: Sequence[Tensors]) -> Tensors:
+    """``samples`` as one batch."""
+    if len(samples) == 1:
+        return dict(samples[0])
+    return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+
+
 class Prefix:
     """The float and the rounded trajectory of ``samples`` through ``blocks``.
 
@@ -130,21 +137,14 @@ class Prefix:
         noise, power = (found[name] - wanted[name]) ** 2, wanted[name] ** 2
         if self.mask is not None and name in self.lined:
             mask = self.mask
-            counted = self.joined([{mask: self.samples[n][mask]} for n in numbers])[mask]
-            counted = counted.to(noise).reshape(counted.shape + (1,) * (noise.dim() - 2))
+            counted = self._batch(mask, self.samples, numbers).to(noise)
+            counted = counted.reshape(counted.shape + (1,) * (noise.dim() - 2))
             noise, power = noise * counted, power * counted
         known = self.importance if weighed else None
         if known is not None and name in known[numbers[0]]:  # or no output of the model reads it
-            weight = self.joined([{name: known[n][name]} for n in numbers])[name]
+            weight = self._batch(name, known, numbers)
             noise, power = noise * weight, power * weight
         return noise.sum(), power.sum()
-
-    def joined(self, samples: Sequence[Sample]) -> Tensors:
-        """``samples`` as one batch."""
-        if len(samples) == 1:
-            return self.tensors(samples[0])
-        names = samples[0]
-        return self.tensors({n: np.concatenate([s[n] for s in samples]) for n in names})
 
     def feeds(self, block: Block, number: int) -> Sample:
         """What ``block`` reads of sample ``number``, rounded; a state is that of the float model.
@@ -160,6 +160,9 @@ class Prefix:
         """``feeds`` as tensors on the device."""
         device = self.quantized.device
         return {name: rounding.tensor(array, device) for name, array in feeds.items()}
+
+    def _batch(self, name: str, samples: Sequence[Sample], numbers: Sequence[int]) -> Tensor:
+        return joined([self.tensors({name: samples[n][name]}) for n in numbers])[name]
 
     def _runs(self, part: TorchGraph, maps: Maps) -> Callable[[Sample], Sample]:
         def call(feeds: Sample) -> Sample:

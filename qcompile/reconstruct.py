@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcompile import blocks, graph, rounding, torch_exec
+from qcompile import blocks, devices, graph, rounding, torch_exec
 from qcompile.blocks import Block
 from qcompile.numerics import Codes
-from qcompile.prefix import Prefix, Tensors
+from qcompile.prefix import Prefix, Tensors, joined
 from qcompile.quantized import Gain, Key, Map, Maps, Of, Spare
 from qcompile.sequences import Sample, Samples
 from qcompile.spill import Spill
@@ -183,6 +183,8 @@ class _Fit:
         floats = engine.prefix.float
         named = block.outputs if engine.outputs is None else engine.outputs
         self._outputs = [name for name in named if floats.value(name, 0).dtype.kind == "f"]
+        self._room = devices.room(engine.prefix.quantized.device)
+        self._held: dict[tuple[str, int], Tensors] = {}
 
     def run(self) -> Fitted | None:
         """Fit what the settings say, and keep it if that is no worse on the samples apart."""
@@ -260,7 +262,7 @@ class _Fit:
         soft = {key: weight.soft for key, weight in weights.items()}
         left = spare if settings.mix else None
         maps = self._quantized.maps(self._block, soft, factors, left, gains)
-        joined = self._may_be_joined()
+        together = self._may_be_joined()
         warm = settings.steps // 5
         steps = self._drawn(rng)
         if self._engine.progress is not None:
@@ -269,7 +271,7 @@ class _Fit:
             fall = rounding.cosine(step / settings.steps)
             adam.param_groups[0]["lr"] = settings.range_rate * fall
             adam.zero_grad()
-            for group in _alike(windows, self._shapes) if joined else [[w] for w in windows]:
+            for group in _alike(windows, self._shapes) if together else [[w] for w in windows]:
                 loss = self._loss(group, maps, left)
                 _add_gradient(loss * len(group) / len(windows))
             if weights and step >= warm:
@@ -325,7 +327,8 @@ class _Fit:
                 for number in span:
                     feeds = apart.tensors(apart.feeds(self._block, number)) | state
                     found = self._part(feeds, *maps)
-                    wanted = self._float([number], apart)
+                    floats = apart.float.value
+                    wanted = apart.tensors({name: floats(name, number) for name in self._outputs})
                     for name in self._outputs:
                         noise, power = self._powers(name, found, wanted, [number], apart)
                         noises[name] += float(noise)
@@ -335,11 +338,11 @@ class _Fit:
 
     def _read(self, numbers: Sequence[int], spare: Spare | None) -> Tensors:
         """What the block reads of samples, as one batch; states are those of the float model."""
-        prefix = self._prefix
-        given = prefix.joined([prefix.float.feeds(self._block.inputs, n) for n in numbers])
+        prefix, block = self._prefix, self._block
+        given = self._batch("float", numbers, lambda n: prefix.float.feeds(block.inputs, n))
         if not self._settings.prefix:
             return given
-        rounded = prefix.joined([prefix.feeds(self._block, n) for n in numbers])
+        rounded = self._batch("rounded", numbers, lambda n: prefix.feeds(block, n))
         if spare is not None:
             for name in rounded.keys() - prefix.entered:
                 if rounded[name].is_floating_point():
@@ -348,13 +351,26 @@ class _Fit:
 
     def _wanted(self, numbers: Sequence[int], feeds: Tensors) -> Tensors:
         if self._settings.target == "float":
-            return self._float(numbers, self._prefix)
+            value = self._prefix.float.value
+            return self._batch(
+                "wanted", numbers, lambda n: {name: value(name, n) for name in self._outputs}
+            )
         with torch.no_grad():
             return self._part(feeds)
 
-    def _float(self, numbers: Sequence[int], prefix: Prefix) -> Tensors:
-        value = prefix.float.value
-        return prefix.joined([{name: value(name, n) for name in self._outputs} for n in numbers])
+    def _batch(self, what: str, numbers: Sequence[int], read: Callable[[int], Sample]) -> Tensors:
+        """What ``read`` gives of samples, as one batch; kept on the device where it has room."""
+        found: list[Tensors] = []
+        for number in numbers:
+            sample = self._held.get((what, number))
+            if sample is None:
+                sample = self._prefix.tensors(read(number))
+                taken = sum(tensor.nbytes for tensor in sample.values())
+                if taken <= self._room:
+                    self._held[what, number] = sample
+                    self._room -= taken
+            found.append(sample)
+        return joined(found)
 
     def _powers(
         self, name: str, found: Tensors, wanted: Tensors, numbers: Sequence[int], prefix: Prefix
@@ -376,19 +392,18 @@ class _Fit:
         if not pairs or any(len(shape) == 0 for shape in self._shapes(pairs[0][0])[1:]):
             return False
         numbers = [window[0] for window in pairs[0][:2]]
-        feeds = [self._prefix.float.feeds(self._block.inputs, n) for n in numbers]
+        float_feeds = self._prefix.float.feeds
+        feeds = [self._prefix.tensors(float_feeds(self._block.inputs, n)) for n in numbers]
         with torch.no_grad():
             try:
-                whole = self._part(self._prefix.joined(feeds))
+                whole = self._part(joined(feeds))
             except (RuntimeError, ValueError, IndexError):  # a shape that holds one sample alone
                 return False
-            each = [self._part(self._prefix.tensors(sample)) for sample in feeds]
+            each = [self._part(sample) for sample in feeds]
         return all(
             all(part[name].dim() > 0 for part in each)
-            and whole[name].shape == (joined := torch.cat([part[name] for part in each])).shape
-            and torch.allclose(
-                whole[name], joined, rtol=1e-3, atol=1e-5 * float(joined.abs().max())
-            )
+            and whole[name].shape == (alone := torch.cat([part[name] for part in each])).shape
+            and torch.allclose(whole[name], alone, rtol=1e-3, atol=1e-5 * float(alone.abs().max()))
             for name in self._block.outputs
         )
 

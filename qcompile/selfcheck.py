@@ -15,6 +15,7 @@ folder. Exit codes: 0 yes, 1 it cannot be told and why, 3 no.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import hashlib
@@ -23,6 +24,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -306,7 +308,7 @@ def _runner(out: pathlib.Path, spec: Mapping[str, Any]) -> Runner:
         return _OnnxRuntime(model)
     program = next((p for p in _PROGRAMS.get(package, ()) if shutil.which(p)), None)
     if importlib.util.find_spec(package) is not None:
-        runner: Runner = _TensorRt(package, out, spec["profile"])
+        runner: Runner = _engine_of(package, out, spec["profile"])
     elif program is not None:
         runner = _Program(program, out, spec["profile"])
     else:
@@ -374,29 +376,54 @@ class _says:
             raise CheckError(f"{self._what}: {' '.join(str(error).split())[:600]}") from error
 
 
-class _TensorRt:
-    """An engine in the Python package of TensorRT: the one in ``out``, else built from the ONNX."""
+def logger(trt: Any) -> tuple[Any, list[str]]:
+    """A log for TensorRT, and the errors that it is told, as sentences."""
+    said: list[str] = []
 
-    def __init__(self, package: str, out: pathlib.Path, profile: Mapping[str, Any]) -> None:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                said.append(_sentence(message))
+
+    return Log(), said
+
+
+def _sentence(message: str) -> str:
+    """What a message of TensorRT's says, without where in its source it is said."""
+    text = " ".join(message.split())
+    found = re.fullmatch(r"\S+: Error Code \d+: [^(]+\((.*?)(?: In \S+ at \S+)?\)", text)
+    return found[1] if found else text
+
+
+class TensorRt:
+    """An engine in the Python package of TensorRT, on the first GPU; the memory is our own.
+
+    Raises CheckError where it cannot be loaded, with what TensorRT says.
+    """
+
+    def __init__(self, package: str, engine: Any, what: str = "the engine") -> None:
         self._cuda = _Cuda()
         trt: Any = importlib.import_module(package)
         self._trt = trt
-        log = trt.Logger(trt.Logger.ERROR)
+        log, said = logger(trt)
         self._runtime: Any = trt.Runtime(log)  # kept: the engine lives in it
-        file = "model.engine"
-        written = (out / file).read_bytes() if (out / file).is_file() else b""
-        engine: Any = self._runtime.deserialize_cuda_engine(written) if written else None
-        if engine is None:  # built for another device or version
-            file = "an engine built here from model.onnx"
-            with _says("TensorRT cannot build an engine of model.onnx"):
-                built = plan(trt, log, out / "model.onnx", profile)
-                engine = self._runtime.deserialize_cuda_engine(built)
-        context: Any = engine.create_execution_context() if engine is not None else None
-        if context is None:
-            raise CheckError("TensorRT cannot load an engine of model.onnx; it has said why above")
-        self._engine: Any = engine
-        self._context: Any = context
-        self.what = f"{file} on {package} {trt.__version__}"
+        self._engine: Any = self._runtime.deserialize_cuda_engine(engine)
+        self._context: Any = self._engine and self._engine.create_execution_context()
+        if self._context is None:
+            cause = said[0] if said else f"{package} says not why"
+            raise CheckError(f"{what} cannot be loaded: {cause}")
+        self._said = said
+        self.what = f"{what} on {package} {trt.__version__}"
+
+    def layers(self) -> str:
+        """What the inspector says of the engine, as JSON; "" without one."""
+        if not hasattr(self._engine, "create_engine_inspector"):
+            return ""
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def run(self, feeds: Mapping[str, Array]) -> Arrays:
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -420,7 +447,7 @@ class _TensorRt:
                 self._context.set_tensor_address(name, places[-1])
                 left[name] = array, places[-1]
             if not self._context.execute_async_v3(0):
-                raise CheckError("TensorRT fails to run the engine; it has said why above")
+                raise CheckError(f"TensorRT fails to run the engine: {'; '.join(self._said[:3])}")
             self._cuda.wait()
             return {
                 name: self._cuda.download(place, array) for name, (array, place) in left.items()
@@ -430,15 +457,28 @@ class _TensorRt:
                 self._cuda.free(place)
 
 
-def plan(trt: Any, log: Any, model: pathlib.Path, profile: Mapping[str, Any]) -> Any:
-    """The bytes of an engine of the file ``model``."""
+def _engine_of(package: str, out: pathlib.Path, profile: Mapping[str, Any]) -> TensorRt:
+    """The engine in ``out``; built here of its ONNX file if it is for another device or version."""
+    _Cuda()  # without a device nothing is built
+    written = out / "model.engine"
+    if written.is_file():
+        with contextlib.suppress(CheckError):
+            return TensorRt(package, written.read_bytes(), written.name)
+    with _says("TensorRT cannot build an engine of model.onnx"):
+        built = plan(importlib.import_module(package), out / "model.onnx", profile)
+    return TensorRt(package, built, "an engine built here from model.onnx")
+
+
+def plan(trt: Any, model: pathlib.Path, profile: Mapping[str, Any]) -> Any:
+    """The bytes of an engine of the file ``model``; raise RuntimeError with why there is none."""
+    log, said = logger(trt)
     builder = trt.Builder(log)
     flags = trt.NetworkDefinitionCreationFlag
     strong = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
     network = builder.create_network(strong)
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(model)):
-        raise CheckError("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)))
+        raise RuntimeError("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)))
     config = builder.create_builder_config()
     if profile:
         shapes = builder.create_optimization_profile()
@@ -447,7 +487,7 @@ def plan(trt: Any, log: Any, model: pathlib.Path, profile: Mapping[str, Any]) ->
         config.add_optimization_profile(shapes)
     built = builder.build_serialized_network(network, config)
     if built is None:
-        raise CheckError("TensorRT cannot build an engine of model.onnx; it has said why above")
+        raise RuntimeError("; ".join(said[:3]) or "it says not why")
     return built
 
 

@@ -172,7 +172,7 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Equal": torch.eq, "Greater": torch.gt, "GreaterOrEqual": torch.ge,
     "Less": torch.lt, "LessOrEqual": torch.le,
     "BitwiseAnd": torch.bitwise_and, "BitwiseOr": torch.bitwise_or,
-    "BitwiseXor": torch.bitwise_xor, "MatMul": torch.matmul,
+    "BitwiseXor": torch.bitwise_xor,
 }  # fmt: skip
 
 
@@ -184,6 +184,14 @@ def _binary(
 
 for _name, _function in _BINARY.items():
     TABLE.entry(_name)(_binary(_function))
+
+
+@TABLE.entry("MatMul")
+def matmul(_: Call, a: Tensor, b: Tensor) -> Tensor:
+    """CUDA has no product of integers; that of doubles is as exact up to 2^53."""
+    if a.is_floating_point() or not a.is_cuda:
+        return torch.matmul(a, b)
+    return torch.matmul(a.double(), b.double()).to(a.dtype)
 
 
 @TABLE.entry("Div")

@@ -235,6 +235,15 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: 
         Reconstruct(**options)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["reconstruct", "calibrate-affine"])
+def test_without_a_gpu_that_is_said_before_anything_runs(name: str) -> None:
+    steps = pipeline.parse(f"calibrate,quantize,{name}{{device=cuda}}", registry.passes())
+    said = r"torch \S+ (is built without CUDA|finds no GPU): choose device=cpu"
+    with pytest.raises(PassError, match=said):
+        pipeline.check(steps, [OrtCpu()])
+
+
 @pytest.mark.parametrize("name", ["reconstruct", "gptaq", "calibrate-affine"])
 def test_without_torch_the_command_that_installs_it_is_said(
     name: str, monkeypatch: pytest.MonkeyPatch

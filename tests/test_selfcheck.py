@@ -295,12 +295,30 @@ def test_an_engine_is_built_of_the_file_where_none_fits(tmp_path: pathlib.Path) 
     out = compiled(tmp_path / "out", targets=("tensorrt-rtx",))
     spec = json.loads((out / "check" / "check.json").read_text())
     assert spec["profile"] == {"x": [[2, 32]] * 3}
-    log = trt.Logger(trt.Logger.ERROR)
-    plan = selfcheck.plan(trt, log, out / "model.onnx", spec["profile"])
+    plan = selfcheck.plan(trt, out / "model.onnx", spec["profile"])
     assert len(bytes(plan)) > 1000
     (out / "model.onnx").write_bytes(b"no model")
-    with pytest.raises(selfcheck.CheckError):
-        selfcheck.plan(trt, log, out / "model.onnx", {})
+    with pytest.raises(RuntimeError, match="parse"):
+        selfcheck.plan(trt, out / "model.onnx", {})
+
+
+def test_what_tensorrt_logs_becomes_a_sentence() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    log, said = selfcheck.logger(trt)
+    # As TensorRT-RTX 1.7.1 says it on an H100.
+    log.log(
+        trt.ILogger.ERROR,
+        "IRuntime::deserializeCudaEngine: Error Code 6: API Usage Error (The engine cannot run on "
+        "this GPU, which has compute capability 9.0. Supported compute capabilities: None. In "
+        "throwUnlessComputeCapSupported at /_src/runtime/dispatch/runtime.cpp:84)",
+    )
+    log.log(trt.ILogger.ERROR, "out of\n memory")
+    log.log(trt.ILogger.WARNING, "slow")
+    assert said == [
+        "The engine cannot run on this GPU, which has compute capability 9.0. Supported compute "
+        "capabilities: None.",
+        "out of memory",
+    ]
 
 
 def test_the_file_of_an_engine_computes_what_the_bundle_expects(tmp_path: pathlib.Path) -> None:
