@@ -22,6 +22,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, cast
 
 import networkx
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -330,6 +331,11 @@ def _from_torch(source: Any) -> ir.Model:
     common.IdentityEliminationPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveUnusedNodesPass()(model)
+    for value in model.graph.initializers.values():  # a folded Transpose is a view of its weight
+        tensor = value.const_value
+        if tensor is not None and not (array := tensor.numpy()).flags.c_contiguous:
+            copy = np.ascontiguousarray(array)
+            value.const_value = ir.Tensor(copy, dtype=tensor.dtype, name=value.name)
     _module_names(model)
     for node in model.graph.all_nodes():  # stack traces hold paths of the machine
         for key in [k for k in node.metadata_props if k.startswith(("pkg.torch", "namespace"))]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,9 +89,11 @@ class Session:
     def _source(self, model: ir.Model | str | os.PathLike[str], options: Any) -> str | bytes:
         if not isinstance(model, ir.Model):
             return os.fspath(model)
-        if weight_bytes(model) < _IN_MEMORY_BYTES:
-            read_external(model)  # bytes have no folder that a file of weights could be in
-            light, self._shared = _without_weights(model)
+        read_external(model)
+        light, self._shared = _without_weights(model)
+        rest = [value for value in sound.weights(light) if value.name not in self._shared]
+        if sum(v.const_value.nbytes for v in rest if v.const_value) < _IN_MEMORY_BYTES:
+            _read(rest)
             options.add_external_initializers(list(self._shared), list(self._shared.values()))
             return ir.to_proto(light).SerializeToString()
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompile-"))
@@ -138,7 +140,7 @@ _LEAST_SHARED = 4096
 def _without_weights(model: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
     """A clone of ``model`` that only names its large weights, and those for the runtime, by name.
 
-    They are neither written nor read nor copied on their way to it.
+    They are neither written nor read nor copied on their way to it; those of a file stay there.
     """
     light, shared = model.clone(), dict[str, Any]()
     for name, value in list(light.graph.initializers.items()):
@@ -298,9 +300,13 @@ def read_external(model: ir.Model) -> None:
 
     Nor on the message that it was read from, of which every look at a weight makes a copy.
     """
-    if weight_bytes(model) >= _IN_MEMORY_BYTES:
-        return
-    for value in sound.weights(model):
+    if weight_bytes(model) < _IN_MEMORY_BYTES:
+        _read(sound.weights(model))
+
+
+def _read(values: Iterable[ir.Value]) -> None:
+    """Read weights into memory: bytes have no folder that a file of them could be in."""
+    for value in values:
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             value.const_value = ir.Tensor(

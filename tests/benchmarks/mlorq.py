@@ -27,6 +27,7 @@ import math
 import pathlib
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,7 +146,7 @@ def measure(
             if name == STORED:
                 least = whole - SHARED / 1e6
                 text = f"assign-bits{{budget=size={least:.6f}MB table=full{options}}}"
-            decided = model.clone()
+            started, decided = time.perf_counter(), model.clone()
             # A calibration of its own, so that every row pays for what it measures.
             own = Context(calibration=Calibration(data.data), target=target, reference=model)
             [step] = pipeline.run(decided, pipeline.parse(text, registry.passes()), own)
@@ -172,6 +173,8 @@ def measure(
                     if name == "uniform" and budget <= 4 and not large else None,
                 )
             )  # fmt: skip
+            say = f"{work.name}, {name}, {budget:g} bits: {rows[-1].sqnr:.1f} dB"
+            print(f"{say}, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return rows
 
 
