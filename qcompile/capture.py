@@ -340,7 +340,7 @@ def _from_torch(source: Any) -> ir.Model:
     for node in model.graph.all_nodes():  # stack traces hold paths of the machine
         for key in [k for k in node.metadata_props if k.startswith(("pkg.torch", "namespace"))]:
             del node.metadata_props[key]
-    return model
+    return model.clone()  # the original still counts inputs that are gone, and holds them
 
 
 def _output_names(program: Any) -> list[str] | None:

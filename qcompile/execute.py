@@ -90,11 +90,12 @@ class Session:
         if not isinstance(model, ir.Model):
             return os.fspath(model)
         read_external(model)
-        light, self._shared = _without_weights(model)
-        rest = [value for value in sound.weights(light) if value.name not in self._shared]
+        light, shared = _without_weights(model)
+        rest = [value for value in sound.weights(light) if value.name not in shared]
         if sum(v.const_value.nbytes for v in rest if v.const_value) < _IN_MEMORY_BYTES:
             _read(rest)
-            options.add_external_initializers(list(self._shared), list(self._shared.values()))
+            self._shared = shared  # the runtime holds none of them
+            options.add_external_initializers(list(shared), list(shared.values()))
             return ir.to_proto(light).SerializeToString()
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompile-"))
         path = pathlib.Path(folder) / "model.onnx"
@@ -140,7 +141,8 @@ _LEAST_SHARED = 4096
 def _without_weights(model: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
     """A clone of ``model`` that only names its large weights, and those for the runtime, by name.
 
-    They are neither written nor read nor copied on their way to it; those of a file stay there.
+    They are neither written nor read nor copied on their way to it. Those that lie in a file are
+    left to the runtime: mapped here they would stay in memory beside what it makes of them.
     """
     light, shared = model.clone(), dict[str, Any]()
     for name, value in list(light.graph.initializers.items()):
@@ -151,6 +153,8 @@ def _without_weights(model: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
             continue
         tensor = value.const_value
         if tensor is None or tensor.dtype not in _SHARED or tensor.nbytes < _LEAST_SHARED:
+            continue
+        if isinstance(tensor, ir.ExternalTensor):
             continue
         array = np.ascontiguousarray(tensor.numpy())
         shared[name] = runtime.OrtValue.ortvalue_from_numpy(array)

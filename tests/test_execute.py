@@ -48,3 +48,31 @@ def test_weights_of_any_length_are_read_back(count: int, tmp_path: pathlib.Path)
     feeds = {"x": np.zeros(count, np.float32)}
     [found] = execute.Session(tmp_path / "model.onnx").run(feeds).values()
     assert np.array_equal(found, weight)
+
+
+@pytest.mark.parametrize("where", ["memory", "file"])
+def test_weights_too_many_for_a_message_are_shared_or_stay_in_files(
+    where: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compiler.load(fashion.path(fashion.VIT))
+    image = np.random.default_rng(0).random((2, 1, 28, 28), np.float32)
+    feeds = {str(value.name): image for value in model.graph.inputs}
+    wanted = execute.Session(model.clone()).run(feeds)
+    if where == "file":
+        execute.save(model, tmp_path / "model.onnx", beside=True)
+        model = execute.load(tmp_path / "model.onnx")
+    else:
+        execute.read_external(model)
+    written: list[pathlib.Path] = []
+    save = execute.save
+
+    def counted(model: ir.Model, path: pathlib.Path) -> None:
+        written.append(path)
+        save(model, path)
+
+    monkeypatch.setattr(execute, "_IN_MEMORY_BYTES", 100_000)
+    monkeypatch.setattr(execute, "save", counted)
+    found = execute.Session(model).run(feeds)
+    assert len(written) == (where == "file")
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array)
