@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -67,7 +67,7 @@ def grids_of(
     if not layers:
         return []
     how = ways[0]
-    blocks = _divided(layers, how.block)
+    blocks = _with_blocks(layers, how)
     seen = powers(model, layers, ctx) if how.method == "output" else {}
     # One weight at a time, for a model larger than memory.
     jobs = (
@@ -99,26 +99,29 @@ def write_weights(
 _BLOCKED = ("linear", "embedding")
 
 
-def _divided(layers: Sequence[Layer], block: int) -> Callable[[Layer], bool]:
-    """Which layers have blocks: those that ``block`` divides; all if it divides none, an error."""
-    shapes = {layer.node: graph.shape_of(layer.weight.value) for layer in layers}
+def _with_blocks(layers: Sequence[Layer], how: Weights) -> set[ir.Node]:
+    """Those whose weight has a scale a block; PassError if it is asked for and divides none."""
+    asked = [layer for layer in layers if layer.kind in _BLOCKED and how.granularity == "block"]
+    sizes = {
+        layer.node: shape[layer.reduce_axis]
+        for layer in asked
+        if (shape := graph.shape_of(layer.weight.value)) is not None
+    }
+    found = {node for node, size in sizes.items() if size % how.block == 0}
+    if asked and not found:
+        layer = asked[0]
+        raise PassError(
+            f"block {how.block} divides the summed axis of no layer; that of {layer.name!r} has "
+            f"{sizes.get(layer.node)}"
+        )
+    return found
 
-    def divides(layer: Layer) -> bool:
-        shape = shapes[layer.node]
-        return shape is not None and shape[layer.reduce_axis] % block == 0
 
-    if any(divides(layer) for layer in layers if layer.kind in _BLOCKED):
-        return divides
-    return lambda _: True
-
-
-def _axes(
-    layer: Layer, how: Weights, blocks: Callable[[Layer], bool]
-) -> tuple[int | None, int | None]:
+def _axes(layer: Layer, how: Weights, blocks: set[ir.Node]) -> tuple[int | None, int | None]:
     """Axis and block of the scales of a weight."""
     if how.granularity == "tensor":
         return None, None
-    if how.granularity == "block" and layer.kind in _BLOCKED and blocks(layer):
+    if layer.node in blocks:
         return layer.reduce_axis, how.block
     return layer.channel_axis, None
 

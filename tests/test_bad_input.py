@@ -232,7 +232,7 @@ CASES: list[tuple[str, int, str]] = [
     (
         f"{P} 'quantize{{granularity=block block=5 input=float}},insert-qdq'",
         1,
-        "block 5 does not divide axis 0 of a weight of shape [8, 8]",
+        "block 5 divides the summed axis of no layer; that of 'h' has 8",
     ),
     (
         f"{P} quantize,calibrate,insert-qdq",
