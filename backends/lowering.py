@@ -83,6 +83,7 @@ class Kernels:
     * ``tables``: whether rows of packed tables are gathered.
     * ``nibbles``: whether there are types of 4 bits; without them codes are held in 8.
     * ``unpacks``: whether a file may hold codes packed, which the runtime unpacks (``packing``).
+    * ``negative``: whether the scale of a block of a weight alone may be below zero.
     """
 
     activations: IntFormat = IntFormat(8, signed=False)  # noqa: RUF009 (frozen)
@@ -92,6 +93,7 @@ class Kernels:
     tables: bool = True
     nibbles: bool = True
     unpacks: bool = False
+    negative: bool = False
 
 
 class Lowering:

@@ -77,4 +77,5 @@ def kernels(isa: str, version: str) -> Kernels:
         tables=number(version) >= (1, 23),
         nibbles=number(version) >= (1, 19),
         unpacks=True,
+        negative=True,
     )

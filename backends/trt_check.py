@@ -85,6 +85,17 @@ def _zero_point(node: ir.Node) -> str:
     return "a zero point that is not 0 is refused" if codes.astype("float32").any() else ""
 
 
+def _scale(node: ir.Node) -> str:
+    if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+        return ""
+    scale = node.inputs[1]
+    if scale is None or not graph.is_constant(scale):
+        return ""
+    array: Array = graph.constant(scale)
+    # The builder takes them, but its documentation wants them strictly positive.
+    return "a scale that is not above 0 is undefined" if not (array > 0).all() else ""
+
+
 def _block(node: ir.Node) -> str:
     if node.op_type != "DequantizeLinear" or "block_size" not in node.attributes:
         return ""
@@ -118,7 +129,7 @@ def _mixed(node: ir.Node) -> str:
 
 
 _RULES: tuple[Callable[[ir.Node], str], ...] = (
-    _operator, _codes, _zero_point, _block, _blocks_beside_codes, _mixed
+    _operator, _codes, _zero_point, _scale, _block, _blocks_beside_codes, _mixed
 )  # fmt: skip
 
 

@@ -52,7 +52,8 @@ class Gptaq(Pass):
       eighth that other fits keep apart is not.
     * ``mixup``: where there are fewer than ``samples``, blends of two make up for some (see
       ``qcompile.mixup``), if all inputs are floats and no state is carried.
-    * ``rescale``: as in gptq.
+    * ``rescale``: as in gptq; the scale of a block of a weight alone may be below zero where the
+      target takes it, so that codes reach one further on the side where the block does.
     * ``exclude``: globs over the names and operator types of layers.
 
     With ``--resume`` an interrupted run goes on behind the last layer that was fitted.
@@ -93,13 +94,17 @@ class Gptaq(Pass):
         samples = mixup.filled(real, self.samples, ctx.rng("mixup"), others) if mixed else real
         prefix = Prefix(quantized, parts, samples, data.mask, ctx.reference)
         left = {layer.node for layer in excluded}
+        negative = ctx.target.kernels().negative
         done = 0
         for number in map(int, ctx.progress(range(len(parts)), "gptaq", len(parts))):
             part = prefix.enter(number)
             for layer in quantized.layers(parts[number]):
                 shared = len(graph.readers(layer.weight.value)) > 1
                 if layer.node not in left and gptq.fits(layer) and not shared:
-                    fit = functools.partial(self._fitted, prefix, parts[number], layer, apart)
+                    signed = negative and layer.input is not None and layer.input.spec is None
+                    fit = functools.partial(
+                        self._fitted, prefix, parts[number], layer, apart, signed
+                    )
                     arrays = ctx.checkpoint(layer.name, fit)
                     quantized.codes[quantized.key(layer)] = arrays["codes"]
                     if "scale" in arrays:
@@ -113,7 +118,9 @@ class Gptaq(Pass):
         blends = len(samples) - len(real)
         return {"layers": done, "left alone": decided - done, "blends": blends}
 
-    def _fitted(self, prefix: Prefix, block: Block, layer: Layer, apart: range) -> Sample:
+    def _fitted(
+        self, prefix: Prefix, block: Block, layer: Layer, apart: range, signed: bool
+    ) -> Sample:
         """The ``codes`` of the weight of ``layer``, and its ``bias`` if it has one."""
         quantized = prefix.quantized
         folds = self._seen(prefix, block, layer, apart)
@@ -121,7 +128,11 @@ class Gptaq(Pass):
         biased = layer.bias is not None and graph.is_constant(layer.bias.value)
         job = gptq.job(quantized.model, layer, seen.gram(biased))
         ridge = best_ridge(job.weight, *folds, biased)
-        goal = dataclasses.replace(job, weight=moved(job.weight, seen, ridge, biased))
+        assert layer.weight.spec is not None
+        signed = signed and layer.weight.spec.block is not None
+        goal = dataclasses.replace(
+            job, weight=moved(job.weight, seen, ridge, biased), signed=signed
+        )
         found = gptq.fitted(goal, self.damping, self.rescale)
         scale = job.scale if found.scale is None else found.scale
         arrays: Sample = {"codes": patches.from_matrix(layer, found.codes)}

@@ -132,7 +132,8 @@ def _portions(shared: Sequence[list[Layer]]) -> Iterator[list[list[Layer]]]:
 class Job:
     """``weight`` and ``scale`` [groups, N, K], ``gram`` [groups, K, K], of a grid low to high.
 
-    ``block`` columns of a row share a scale; None if rows share theirs.
+    ``block`` columns of a row share a scale; None if rows share theirs. Where scales are searched,
+    those that are ``signed`` may be below zero.
     """
 
     weight: Floats
@@ -141,6 +142,7 @@ class Job:
     low: int
     high: int
     block: int | None
+    signed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,9 +197,9 @@ def fitted(job: Job, damping: float, rescale: bool = False) -> Fitted:
     codes[kept] = plain[kept]
     if not (rescale and job.block):
         return Fitted(codes, None, int(kept.sum()))
-    scale = job.scale.copy()
+    scale, start = job.scale.copy(), job.scale * _signs(job)
     for factor in RESCALED:
-        goal = dataclasses.replace(job, scale=job.scale * np.float32(factor))
+        goal = dataclasses.replace(job, scale=start * np.float32(factor))
         found = _codes(goal, damping)
         scales = projected(goal, found)
         lost = power(job.weight - found * scales.astype(np.float64), job.gram)
@@ -205,6 +207,19 @@ def fitted(job: Job, damping: float, rescale: bool = False) -> Fitted:
         best[better], kept[better] = lost[better], False
         codes[better], scale[better] = found[better], scales[better]
     return Fitted(codes, scale, int(kept.sum()))
+
+
+def _signs(job: Job) -> Floats:
+    """-1 for each column of a block that reaches further above zero than below, else 1.
+
+    Codes reach one further below zero than above; with a scale below zero it is the other way.
+    """
+    assert job.block is not None
+    if not job.signed:
+        return np.ones_like(job.scale)
+    blocks = job.weight.reshape(*job.weight.shape[:2], -1, job.block)
+    above = blocks.max(axis=3) > -blocks.min(axis=3)
+    return np.repeat(np.where(above, np.float32(-1), np.float32(1)), job.block, axis=2)
 
 
 def _nearest(job: Job) -> Codes:
