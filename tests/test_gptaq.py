@@ -11,7 +11,8 @@ import graphs
 import numpy as np
 import pytest
 
-from qcompile import decisions, graph, pipeline, registry, spec, text
+from qcompile import decisions, execute, graph, pipeline, registry, simulate, spec, text
+from qcompile.backends.base import Target
 from qcompile.backends.onnxruntime import OrtCpu
 from qcompile.backends.tensorrt import TensorRtRtx
 from qcompile.errors import PassError
@@ -148,6 +149,34 @@ def test_a_state_goes_through_the_frames() -> None:
     fits.run(model, f"{fits.FOUR},gptaq{{samples=8 rows=64}}", data)
     judges = data.judges
     assert fits.noise(reference, model, judges) < fits.noise(reference, plain, judges)
+
+
+BLOCKS = "simplify,fold-bn,quantize{weight=int4 input=float granularity=block block=16}"
+
+
+@pytest.mark.parametrize("target", [OrtCpu(), TensorRtRtx()], ids=str)
+def test_scales_below_zero_are_of_weights_alone_on_targets_that_take_them(
+    target: Target, tmp_path: pathlib.Path
+) -> None:
+    model, data = fits.shipped(fashion.VIT), fits.calibration(24)
+    fits.run(model, f"{BLOCKS},gptaq{{samples=8 rows=32 rescale=true}}", data, target)
+    scales = [
+        graph.constant(model.graph.initializers[decided.scale])
+        for layer in graph.layers(model)
+        if (decided := layer.weight.spec) is not None
+    ]
+    negative = sum(int((scale < 0).sum()) for scale in scales)
+    assert (negative > 0) == (target.name == "ort-cpu")
+    if target.name == "ort-cpu":  # as the runtime computes it
+        lowered = model.clone()
+        target.lower(lowered)
+        expected, judges = simulate.simulate(model, target), data.judges[:4]
+        execute.save(lowered, tmp_path / "model.onnx")
+        actual = execute.Session(tmp_path / "model.onnx")
+        for sample in judges:
+            for name, array in expected.run(sample).items():
+                # Its kernel rounds inputs to 8 bits, a block at a time.
+                assert simulate.sqnr(array, actual.run(sample)[name]) > 40
 
 
 # -- the ridge ----------------------------------------------------------------------------------

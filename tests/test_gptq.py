@@ -123,6 +123,27 @@ def test_the_scales_are_those_of_least_squares(block: int) -> None:
     assert (step == 0).all()
 
 
+def test_a_scale_below_zero_reaches_one_further_above() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-8, 8, (1, 6, 32))
+    codes[:, :, ::8] = -8  # each block uses all of one side
+    weight = (-0.1 * codes).astype(np.float32)
+    rows = rng.standard_normal((200, 32))
+    job = gptq.Job(weight, np.full_like(weight, 0.1), (rows.T @ rows / 200)[None], -8, 7, block=8)
+    one, other = (
+        gptq.fitted(dataclasses.replace(job, signed=signed), 0.01, rescale=True)
+        for signed in (False, True)
+    )
+    assert one.scale is not None and (one.scale > 0).all()
+    assert other.scale is not None and (other.scale < 0).all()
+    errors = [
+        gptq.power(weight - found.codes * found.scale.astype(np.float64), job.gram).sum()
+        for found in (one, other)
+        if found.scale is not None
+    ]
+    assert errors[1] < 0.01 * errors[0]
+
+
 @pytest.mark.parametrize("granularity", ["channel", "tensor", "block block=8"])
 def test_where_columns_hang_together_the_error_is_much_less(granularity: str) -> None:
     decide = f"quantize{{weight=int4 input=float granularity={granularity}}}"

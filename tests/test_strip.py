@@ -48,7 +48,7 @@ def test_a_compiled_model_without_its_pairs_is_the_float_model_with_rounded_weig
 def test_the_constants_are_what_the_runtime_dequantizes() -> None:
     model = proto("""(float[2,4] x) => (float[2,4] y, float[4,4] w)
         <int8[4,4] c = {1,2,3,4,5,6,7,8,-1,-2,-3,-4,-5,-6,-7,-8},
-         float[4] s = {0.5, 0.25, 1.0, 2.0}, int8[4] z = {0, 1, -1, 3}> {
+         float[4] s = {0.5, 0.25, 1.0, -2.0}, int8[4] z = {0, 1, -1, 3}> {
         d = DequantizeLinear<axis = 0>(c, s, z) y = MatMul(x, d) w = Identity(d) }""")
     stripped = capture(model, requantize=True)
     [feeds] = samples(stripped)

@@ -82,6 +82,7 @@ def parsed(source: str, opset: int = 21) -> ir.Model:
     [
         (PAIRS.replace("int8 z = {0}", "int8 z = {5}"), "q (QuantizeLinear): a zero point"),
         (PAIRS.replace("int8 u = {0}", "int8 u = {3}"), "b (DequantizeLinear): a zero point"),
+        (PAIRS.replace("float t = {0.1}", "float t = {-0.1}"), "b (DequantizeLinear): a scale"),
         (PAIRS.replace("int8 z = {0}", "uint8 z = {0}"), "q (QuantizeLinear): uint8 codes"),
         (PAIRS.replace("int8[4,16] c", "uint8[4,16] c"), "b (DequantizeLinear): uint8 codes"),
         (BLOCKS.replace("int4[32,8] c", "uint4[32,8] c"), "b (DequantizeLinear): uint4 codes"),
