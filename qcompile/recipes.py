@@ -22,7 +22,7 @@ RECIPES = {
     "int8-fp16": _FRONT + "calibrate,quantize,gptq,cast-half,insert-qdq",
     "int4": _FRONT + _FOUR + ",gptq{damping=0.1},insert-qdq",
     "int4-best": _FRONT + "equalize{weight=int4 input=float block=32},"
-    + _FOUR + ",gptaq{samples=256 rows=256},insert-qdq",
+    + _FOUR + ",gptaq{samples=256 rows=256 rescale=true},insert-qdq",
 }  # fmt: skip
 
 # What each is for.
