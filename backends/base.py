@@ -128,6 +128,11 @@ class Target(abc.ABC):
         """``model`` as this runtime computes it, for ONNX Runtime to run: what simulation runs."""
         return model
 
+    def check_shapes(  # noqa: B027 (nothing to check by default)
+        self, model: ir.Model, calibration: Calibration | None
+    ) -> None:
+        """Raise TargetError for a dynamic input of which it must know more than there is."""
+
     @abc.abstractmethod
     def available(self) -> None:
         """Raise TargetError, with the command that installs it, if the runtime is missing."""

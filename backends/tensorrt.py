@@ -105,6 +105,9 @@ class Engine(Target, abc.ABC):
             self._run(head, folder, calibration)
         return engine
 
+    def check_shapes(self, model: ir.Model, calibration: Calibration | None) -> None:
+        profile(model, calibration)
+
     def _check(self, model: ir.Model) -> None:
         found = trt_check.refusals(model, self.capabilities, self.release)
         if model.opset_imports.get("", 0) > self.opset_limit():
@@ -361,25 +364,33 @@ class TensorRt(Engine):
 def profile(model: ir.Model, calibration: Calibration | None) -> Profile:
     """For each input with a dynamic dimension its smallest, first and largest calibration shape.
 
-    Where ``--shape`` gives one, that is all three. Raises TargetError if there is a dynamic
-    dimension, no shape and no data.
+    Where ``--shape`` gives one, that is all three, or the ends of what it spans: then the engine is
+    tuned for the first calibration shape if that lies between, else for the largest. Raises
+    TargetError if there is a dynamic dimension, no shape and no data.
     """
     shapes: Profile = {}
     for wanted in ports.inputs_of(model):
         if None not in wanted.shape:
             continue
-        if wanted.chosen is not None:
-            seen = [list(wanted.chosen)]
-        elif calibration is not None:
-            seen = [list(shape) for shape in calibration.data.samples.shapes(wanted.name)]
+        samples = calibration.data.samples if calibration is not None else None
+        seen = [list(shape) for shape in samples.shapes(wanted.name)] if samples else []
+        if wanted.chosen is not None and wanted.most is not None:
+            least, most = list(wanted.chosen), list(wanted.most)
+            between = [s for s in seen[:1] if all(map(_between, least, s, most))]
+            seen = between or [most]
+        elif seen:
+            least = [min(dims) for dims in zip(*seen, strict=True)]
+            most = [max(dims) for dims in zip(*seen, strict=True)]
         else:
             raise TargetError(
                 f"{wanted} is dynamic: give --calib, whose shapes bound it, or --shape"
             )
-        least = [min(dims) for dims in zip(*seen, strict=True)]
-        most = [max(dims) for dims in zip(*seen, strict=True)]
         shapes[wanted.name] = [least, seen[0], most]
     return shapes
+
+
+def _between(least: int, size: int, most: int) -> bool:
+    return least <= size <= most
 
 
 def _child(module: str, request: Any, crashed: str) -> Any:

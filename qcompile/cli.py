@@ -109,8 +109,8 @@ def compile_command(
     mask
         The input [batch, tokens] that is 1 where a position counts and 0 where it is padding.
     shape
-        INPUT=1x3x224x224 fixes the dynamic dimensions of random data, images and profiles; may be
-        given several times.
+        INPUT=1x3x224x224 fixes the dynamic dimensions of random data, images and profiles; 1..8 in
+        place of a size is from 1 to 8, for profiles. May be given several times.
     tokenizer
         The tokenizer.json of the model, which makes samples of a text.
     tokens

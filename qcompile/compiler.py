@@ -161,6 +161,8 @@ class Compiler:
         if self.options.snapshots is not None:
             folders.check_writable(self.options.snapshots)
         model, image, calibration = self.opened(source)
+        for target in self.targets:
+            target.check_shapes(model, calibration)
         reference = model.clone()
         self._known = verify.findings(model)
         self._findings = [f"the model as captured: {f}" for f in self._known]

@@ -289,9 +289,10 @@ def fold(model: ir.Model, image: Image) -> Image:
         shape=ir.Shape([*dims[:3], form.channels]),
         type=ir.TensorType(ir.DataType.UINT8),
     )
-    if form.port.chosen is not None:
-        chosen = [form.port.chosen[place] for place in places]
-        entered.metadata_props[ports.SHAPE] = "x".join(map(str, chosen))
+    if form.port.chosen is not None and form.port.most is not None:
+        ends = zip(form.port.chosen, form.port.most, strict=True)
+        sizes = [f"{first}..{most}" if first < most else str(first) for first, most in ends]
+        entered.metadata_props[ports.SHAPE] = "x".join(sizes[place] for place in places)
     model.graph.inputs[position] = entered
     last = _computed(model, form, image, entered, old)
     for node, index in list(old.uses()):

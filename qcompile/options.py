@@ -25,8 +25,8 @@ class Options:
     * ``preprocess``: what makes images samples (see images.Image), as text; ``state``: pairs
       ``INPUT=OUTPUT,...`` that flow from frame to frame; ``mask``: the input that says which
       positions count; ``shape``: texts ``INPUT=1x3x224x224`` that fix dynamic dimensions of random
-      data, images and profiles; ``tokenizer``, ``tokens``: what makes a text samples (see
-      texts.Text).
+      data, images and profiles (see ports.choose_shapes); ``tokenizer``, ``tokens``: what makes a
+      text samples (see texts.Text).
     * ``allow_float``: accept a result in which nothing is quantized.
     * ``print_after``: pass names (or ``all``) after which the graph is printed;
       ``print_changes``: print the changed lines of every pass; ``snapshots``: a folder for the

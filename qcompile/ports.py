@@ -28,7 +28,7 @@ class Port:
 
     * ``shape`` has None where it is dynamic, and ``symbols`` the name of that dimension or "".
     * ``ranked`` is false if not even the number of dimensions is known; ``shape`` is () then.
-    * ``chosen`` is the shape that the user gave it.
+    * ``chosen`` is the shape that the user gave it, and ``most`` the largest one, of an engine.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Port:
     symbols: tuple[str, ...] = ()
     ranked: bool = True
     chosen: tuple[int, ...] | None = None
+    most: tuple[int, ...] | None = None
 
     def takes(self, shape: Sequence[int | None]) -> bool:
         """Whether ``shape`` may be one of this port."""
@@ -75,14 +76,16 @@ def outputs_of(model: ir.Model) -> list[Port]:
 def _port(value: ir.Value) -> Port:
     assert value.dtype is not None, value.name
     dims = tuple(value.shape or ())
-    chosen = value.metadata_props.get(SHAPE)
+    text = value.metadata_props.get(SHAPE)
+    chosen, most = (None, None) if text is None else _spans(text)
     return Port(
         name=value.name or "",
         dtype=np.dtype(value.dtype.numpy()),
         shape=tuple(d if isinstance(d, int) else None for d in dims),
         symbols=tuple("" if isinstance(d, int) else d.value or "" for d in dims),
         ranked=value.shape is not None,
-        chosen=None if chosen is None else tuple(map(int, chosen.split("x"))),
+        chosen=chosen,
+        most=most,
     )
 
 
@@ -128,6 +131,7 @@ def sizes_of(ports: Iterable[Port], arrays: Mapping[str, Array]) -> dict[str, in
 def choose_shapes(model: ir.Model, texts: Sequence[str]) -> None:
     """Note the shapes that ``texts`` (such as ``x=1x3x224x224``) give inputs of ``model``.
 
+    ``1..8`` in place of a size is from 1 to 8: the first counts, and an engine holds all of them.
     An input whose dynamic dimensions are all named by another one's shape is noted as well.
 
     Raises CalibrationError for a text that cannot be read, an unknown input, another number of
@@ -135,15 +139,21 @@ def choose_shapes(model: ir.Model, texts: Sequence[str]) -> None:
     """
     ports = inputs_of(model)
     values = {value.name: value for value in model.graph.inputs}
-    sizes: dict[str, int] = {}
-    noted: dict[str, tuple[int, ...]] = {}
+    sizes: dict[str, str] = {}
+    noted: dict[str, list[str]] = {}
     for text in texts:
-        match = re.fullmatch(r"(.+)=([1-9]\d*(?:x[1-9]\d*)*)", text)
+        match = re.fullmatch(rf"(.+)=({_SIZE}(?:x{_SIZE})*)", text)
         if match is None:
-            raise CalibrationError(f"--shape {text}: expected INPUT=1x3x224x224 with sizes above 0")
+            raise CalibrationError(
+                f"--shape {text}: expected INPUT=1x3x224x224 with sizes above 0, or 1..8, from 1 "
+                "to 8"
+            )
         port = named(match[1], ports, f"--shape {text}")
-        shape = tuple(map(int, match[2].split("x")))
-        if not port.takes(shape):
+        shape = match[2].split("x")
+        first, most = _spans(match[2])
+        if any(a > b for a, b in zip(first, most, strict=True)):
+            raise CalibrationError(f"--shape {text}: a size ends below where it starts")
+        if not (port.takes(first) and port.takes(most)):
             raise CalibrationError(f"--shape {text} contradicts the model, which reads {port}")
         for symbol, size in zip(port.symbols, shape, strict=True):
             if symbol and sizes.setdefault(symbol, size) != size:
@@ -152,11 +162,22 @@ def choose_shapes(model: ir.Model, texts: Sequence[str]) -> None:
                 )
         noted[port.name] = shape
     for port in ports:
-        dynamic = [s for d, s in zip(port.shape, port.symbols, strict=True) if d is None]
-        if port.name not in noted and dynamic and all(s in sizes for s in dynamic):
-            noted[port.name] = port.concrete(sizes)
+        pairs = list(zip(port.shape, port.symbols, strict=True))
+        dynamic = [symbol for size, symbol in pairs if size is None]
+        if port.name not in noted and dynamic and all(symbol in sizes for symbol in dynamic):
+            noted[port.name] = [sizes[s] if size is None else str(size) for size, s in pairs]
         if port.name in noted:
-            values[port.name].metadata_props[SHAPE] = "x".join(map(str, noted[port.name]))
+            values[port.name].metadata_props[SHAPE] = "x".join(noted[port.name])
+
+
+# A size, or all from one to another, of which the first may be 0: an empty cache.
+_SIZE = r"(?:[1-9]\d*|\d+\.\.[1-9]\d*)"
+
+
+def _spans(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The first and the largest shape that ``text``, such as ``1x3x8..32``, names."""
+    ends = [size.split("..") for size in text.split("x")]
+    return tuple(int(end[0]) for end in ends), tuple(int(end[-1]) for end in ends)
 
 
 # -- --state ------------------------------------------------------------------------------------

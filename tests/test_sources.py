@@ -672,6 +672,16 @@ def test_a_shape_decides_for_the_inputs_that_share_all_their_dimensions() -> Non
     assert [p.chosen for p in ports.inputs_of(model)] == [(2, 5), (5, 2), None]
 
 
+def test_of_a_shape_that_spans_sizes_data_has_the_first_and_an_engine_all() -> None:
+    model = graphs.graph(SHAPED)
+    ports.choose_shapes(model, ["x=1..4x3x8x8", "t=1..4x0..9"])
+    found = ports.inputs_of(model)
+    assert [p.chosen for p in found] == [(1, 3, 8, 8), (1, 0), None]
+    assert [p.most for p in found] == [(4, 3, 8, 8), (4, 9), None]
+    samples = sources.load("random", found).samples
+    assert [a.shape for a in samples[0].values()] == [(1, 3, 8, 8), (1, 0), (2,)]
+
+
 @pytest.mark.parametrize(
     ("texts", "words"),
     [
@@ -685,6 +695,10 @@ def test_a_shape_decides_for_the_inputs_that_share_all_their_dimensions() -> Non
         (["x=1x3x8x9"], "dimension 'H' is 8 and 9 at once"),
         (["x=1x3x8x8", "t=2x5"], "dimension 'N' is 1 and 2 at once"),
         (["k=3"], "contradicts the model, which reads k: float32[2]"),
+        (["x=1..2x1..3x8x8"], "contradicts the model"),
+        (["x=4..2x3x8x8"], "a size ends below where it starts"),
+        (["x=0..0x3x8x8"], "with sizes above 0"),
+        (["x=1..2x3x8x8", "t=1x5"], "dimension 'N' is 1..2 and 1 at once"),
     ],
 )
 def test_a_shape_that_does_not_fit_is_refused(texts: Sequence[str], words: str) -> None:

@@ -167,6 +167,33 @@ def test_a_shape_of_the_user_is_the_profile_with_data_and_without() -> None:
         assert profile(model, calibration) == {"x": [[4, 3, 7]] * 3}
 
 
+def test_a_shape_that_spans_sizes_is_the_profile_tuned_for_the_data_if_it_fits() -> None:
+    model = graphs.graph("(float[N,3,M] x) => (float[N,3,M] y) { y = Relu(x) }")
+    ports.choose_shapes(model, ["x=1..4x3x0..9"])
+    for first, tuned in (((2, 3, 5), [2, 3, 5]), ((2, 3, 10), [4, 3, 9])):
+        samples = [{"x": np.zeros(first, np.float32)}]
+        found = profile(model, Calibration(Data("test", samples)))
+        assert found == {"x": [[1, 3, 0], tuned, [4, 3, 9]]}
+
+
+def test_an_engine_for_a_cache_that_grows_is_built(tmp_path: pathlib.Path) -> None:
+    cached = """(float[1,T,32] x, float[1,P,32] past) => (float[1,T,16] y, float[1,A,32] present)
+        <float[32,16] w> { present = Concat<axis=1>(past, x) y = MatMul(x, w) }"""
+    passes = "quantize{weight=int4 input=float granularity=block block=16},insert-qdq"
+    said = list[str]()
+    with pytest.raises(TargetError, match=r"past: .* is dynamic"):  # before any pass runs
+        qcompile.compile(
+            graphs.graph(cached), tmp_path / "none", passes=passes, targets=("tensorrt-rtx",),
+            shape=("x=1x1..8x32",), log=said.append,
+        )  # fmt: skip
+    assert not said
+    [done] = qcompile.compile(
+        graphs.graph(cached), tmp_path / "out", passes=passes, targets=("tensorrt-rtx",),
+        shape=("x=1x1..8x32", "past=1x0..64x32"),
+    )  # fmt: skip
+    assert (done.folder / "model.engine").stat().st_size > 1000
+
+
 def test_a_state_is_as_large_as_where_it_starts() -> None:
     model = graphs.graph(
         "(float[N,3] x, float[N,4] h) => (float[N,4] y) { y = Relu(h) z = Relu(x) }"
