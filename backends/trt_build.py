@@ -1,7 +1,7 @@
 """Build a TensorRT engine. Run as a child process, because a builder can crash and take all along.
 
 ``python -m qcompile.backends.trt_build`` reads one JSON request from standard input and writes one
-JSON answer to standard output. It imports nothing of qcompile, so that it starts fast.
+JSON answer to standard output.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import contextlib
 import importlib
 import json
 import os
+import pathlib
 import sys
 from typing import Any, TypedDict
+
+from qcompile import selfcheck
 
 
 class Request(TypedDict):
@@ -35,56 +38,13 @@ class Answer(TypedDict):
 def build(request: Request) -> Answer:
     """Parse the ONNX file of ``request`` and write the engine."""
     trt: Any = importlib.import_module(request["module"])
-    version = str(trt.__version__)
-    messages: list[str] = []
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                messages.append(message.strip())
-
-    builder = trt.Builder(Log())
-    flags = trt.NetworkDefinitionCreationFlag
-    strong = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
-    network = builder.create_network(strong)
-    parser = trt.OnnxParser(network, builder.logger if hasattr(builder, "logger") else Log())
-    if not parser.parse_from_file(request["model"]):
-        errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        return Answer(error="; ".join(_describe(e) for e in errors[:3]), version=version)
-    config = builder.create_builder_config()
-    if hasattr(config, "profiling_verbosity"):
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names for the inspector
-    if request["cc"]:
-        config.num_compute_capabilities = len(request["cc"])
-        for index, cc in enumerate(request["cc"]):
-            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{cc}"), index)
-    if request["profile"]:
-        profile = builder.create_optimization_profile()
-        for name, shapes in request["profile"].items():
-            profile.set_shape(name, *[tuple(s) for s in shapes])
-        config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        return Answer(
-            error="; ".join(messages[:3]) or "the builder gave no reason", version=version
-        )
-    with open(request["engine"], "wb") as file:
-        file.write(plan)
+    version, model = str(trt.__version__), pathlib.Path(request["model"])
+    try:
+        plan = selfcheck.plan(trt, model, request["profile"], request["cc"])
+    except selfcheck.CheckError as error:
+        return Answer(error=str(error), version=version)
+    pathlib.Path(request["engine"]).write_bytes(plan)
     return Answer(error="", version=version)
-
-
-def _describe(error: Any) -> str:
-    # The lines about a missing CUDA device stand behind every error on a machine without one.
-    lines = [line for line in str(error.desc()).splitlines() if "catchCudaError" not in line]
-    cause = " ".join(lines)
-    if cause == "false":  # what a failed check of the parser without a text says
-        cause = "not supported"
-    node = error.node_name() if hasattr(error, "node_name") else ""
-    operator = error.node_operator() if hasattr(error, "node_operator") else ""
-    return f"{node} ({operator}): {cause}" if node else cause
 
 
 def main() -> None:

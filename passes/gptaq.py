@@ -101,9 +101,8 @@ class Gptaq(Pass):
             for layer in quantized.layers(parts[number]):
                 shared = len(graph.readers(layer.weight.value)) > 1
                 if layer.node not in left and gptq.fits(layer) and not shared:
-                    signed = negative and layer.input is not None and layer.input.spec is None
                     fit = functools.partial(
-                        self._fitted, prefix, parts[number], layer, apart, signed
+                        self._fitted, prefix, parts[number], layer, apart, negative
                     )
                     arrays = ctx.checkpoint(layer.name, fit)
                     quantized.codes[quantized.key(layer)] = arrays["codes"]
@@ -119,7 +118,7 @@ class Gptaq(Pass):
         return {"layers": done, "left alone": decided - done, "blends": blends}
 
     def _fitted(
-        self, prefix: Prefix, block: Block, layer: Layer, apart: range, signed: bool
+        self, prefix: Prefix, block: Block, layer: Layer, apart: range, negative: bool
     ) -> Sample:
         """The ``codes`` of the weight of ``layer``, and its ``bias`` if it has one."""
         quantized = prefix.quantized
@@ -128,10 +127,10 @@ class Gptaq(Pass):
         biased = layer.bias is not None and graph.is_constant(layer.bias.value)
         job = gptq.job(quantized.model, layer, seen.gram(biased))
         ridge = best_ridge(job.weight, *folds, biased)
-        assert layer.weight.spec is not None
-        signed = signed and layer.weight.spec.block is not None
+        assert layer.weight.spec is not None and layer.input is not None
+        alone = layer.weight.spec.block is not None and layer.input.spec is None
         goal = dataclasses.replace(
-            job, weight=moved(job.weight, seen, ridge, biased), signed=signed
+            job, weight=moved(job.weight, seen, ridge, biased), signed=negative and alone
         )
         found = gptq.fitted(goal, self.damping, self.rescale)
         scale = job.scale if found.scale is None else found.scale

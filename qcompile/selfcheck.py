@@ -464,13 +464,21 @@ def _engine_of(package: str, out: pathlib.Path, profile: Mapping[str, Any]) -> T
     if written.is_file():
         with contextlib.suppress(CheckError):
             return TensorRt(package, written.read_bytes(), written.name)
-    with _says("TensorRT cannot build an engine of model.onnx"):
+    try:
         built = plan(importlib.import_module(package), out / "model.onnx", profile)
+    except CheckError as error:
+        raise CheckError(f"TensorRT cannot build an engine of model.onnx: {error}") from error
     return TensorRt(package, built, "an engine built here from model.onnx")
 
 
-def plan(trt: Any, model: pathlib.Path, profile: Mapping[str, Any]) -> Any:
-    """The bytes of an engine of the file ``model``; raise RuntimeError with why there is none."""
+def plan(
+    trt: Any, model: pathlib.Path, profile: Mapping[str, Any], capabilities: Sequence[int] = ()
+) -> bytes:
+    """An engine of the file ``model``, for ``capabilities`` (89) or a portable one.
+
+    ``profile``: for each dynamic input its shape as [min, opt, max]. Raises CheckError with why
+    there is none.
+    """
     log, said = logger(trt)
     builder = trt.Builder(log)
     flags = trt.NetworkDefinitionCreationFlag
@@ -478,8 +486,15 @@ def plan(trt: Any, model: pathlib.Path, profile: Mapping[str, Any]) -> Any:
     network = builder.create_network(strong)
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(model)):
-        raise RuntimeError("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)))
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        raise CheckError("; ".join(_describe(error) for error in errors[:3]))
     config = builder.create_builder_config()
+    if hasattr(config, "profiling_verbosity"):
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names for the inspector
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
+        for index, cc in enumerate(capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{cc}"), index)
     if profile:
         shapes = builder.create_optimization_profile()
         for name, bounds in profile.items():
@@ -487,8 +502,20 @@ def plan(trt: Any, model: pathlib.Path, profile: Mapping[str, Any]) -> Any:
         config.add_optimization_profile(shapes)
     built = builder.build_serialized_network(network, config)
     if built is None:
-        raise RuntimeError("; ".join(said[:3]) or "it says not why")
-    return built
+        raise CheckError("; ".join(said[:3]) or "the builder gave no reason")
+    return bytes(built)
+
+
+def _describe(error: Any) -> str:
+    """What the parser says of a node."""
+    # The lines about a missing CUDA device stand behind every error on a machine without one.
+    lines = [line for line in str(error.desc()).splitlines() if "catchCudaError" not in line]
+    cause = " ".join(lines)
+    if cause == "false":  # what a failed check of the parser without a text says
+        cause = "not supported"
+    node = error.node_name() if hasattr(error, "node_name") else ""
+    operator = error.node_operator() if hasattr(error, "node_operator") else ""
+    return f"{node} ({operator}): {cause}" if node else cause
 
 
 class _Cuda:

@@ -28,7 +28,7 @@ torch = pytest.importorskip("torch")
 
 import torch_cases  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch_cases import Case  # noqa: E402
+from torch_cases import Case, assert_close  # noqa: E402
 
 from qcompile import torch_exec  # noqa: E402
 from qcompile.torch_exec import OPERATORS, TorchGraph  # noqa: E402
@@ -69,17 +69,6 @@ def assert_as_runtime(
         found = actual[name].numpy()
         assert (found.dtype, found.shape) == (array.dtype, array.shape), say
         assert_close(found, array, tolerance, say)
-
-
-def assert_close(found: Array, wanted: Array, tolerance: float, say: str = "") -> None:
-    if wanted.dtype.kind == "f":
-        finite = np.abs(wanted[np.isfinite(wanted)].astype(np.float64))
-        scale = max(float(finite.max(initial=0.0)), 1.0)
-        np.testing.assert_allclose(
-            found.astype(np.float64), wanted.astype(np.float64), 0.0, tolerance * scale, err_msg=say
-        )
-    else:
-        np.testing.assert_array_equal(found, wanted, err_msg=say)
 
 
 # -- operators ----------------------------------------------------------------------------------

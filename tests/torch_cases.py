@@ -56,6 +56,18 @@ class Case:
         return dataclasses.replace(self, inputs=tuple(cast))
 
 
+def assert_close(found: Array, wanted: Array, tolerance: float, say: str = "") -> None:
+    """Floats within ``tolerance`` of the largest element, all else alike."""
+    if wanted.dtype.kind == "f":
+        finite = np.abs(wanted[np.isfinite(wanted)].astype(np.float64))
+        scale = max(float(finite.max(initial=0.0)), 1.0)
+        np.testing.assert_allclose(
+            found.astype(np.float64), wanted.astype(np.float64), 0.0, tolerance * scale, err_msg=say
+        )
+    else:
+        np.testing.assert_array_equal(found, wanted, err_msg=say)
+
+
 def f(*shape: int) -> Array:
     """Normal numbers."""
     return _rng.standard_normal(shape).astype(np.float32)
