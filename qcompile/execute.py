@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,13 +90,12 @@ class Session:
         if not isinstance(model, ir.Model):
             return os.fspath(model)
         read_external(model)
-        light, shared = _without_weights(model)
-        rest = [value for value in sound.weights(light) if value.name not in shared]
+        shared = _shared(model)
+        rest = [value for value in sound.weights(model) if value not in shared]
         if sum(v.const_value.nbytes for v in rest if v.const_value) < _IN_MEMORY_BYTES:
-            _read(rest)
-            self._shared = shared  # the runtime holds none of them
-            options.add_external_initializers(list(shared), list(shared.values()))
-            return ir.to_proto(light).SerializeToString()
+            self._shared = {v.name or "": array for v, array in shared.items()}  # not the runtime's
+            options.add_external_initializers(list(self._shared), list(self._shared.values()))
+            return _message(model, shared, rest)
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompile-"))
         path = pathlib.Path(folder) / "model.onnx"
         save(model, path)
@@ -138,28 +137,43 @@ _SHARED = frozenset(
 _LEAST_SHARED = 4096
 
 
-def _without_weights(model: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
-    """A clone of ``model`` that only names its large weights, and those for the runtime, by name.
+def _shared(model: ir.Model) -> dict[ir.Value, Any]:
+    """The large weights of ``model`` that nodes read, for the runtime.
 
     They are neither written nor read nor copied on their way to it. Those that lie in a file are
     left to the runtime: mapped here they would stay in memory beside what it makes of them.
     """
-    light, shared = model.clone(), dict[str, Any]()
-    for name, value in list(light.graph.initializers.items()):
-        if value.is_graph_input():
-            continue
-        if not value.uses() and not value.is_graph_output():
-            del light.graph.initializers[name]  # what a decision names; the runtime drops it
-            continue
+    shared: dict[ir.Value, Any] = {}
+    for value in model.graph.initializers.values():
         tensor = value.const_value
+        if value.is_graph_input() or _unused(value) or isinstance(tensor, ir.ExternalTensor):
+            continue
         if tensor is None or tensor.dtype not in _SHARED or tensor.nbytes < _LEAST_SHARED:
             continue
-        if isinstance(tensor, ir.ExternalTensor):
-            continue
-        array = np.ascontiguousarray(tensor.numpy())
-        shared[name] = runtime.OrtValue.ortvalue_from_numpy(array)
-        value.const_value = message.elsewhere(tensor, name)
-    return light, shared
+        shared[value] = runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()))
+    return shared
+
+
+def _unused(value: ir.Value) -> bool:
+    """Whether a decision alone names ``value``; the runtime drops it."""
+    return not (value.uses() or value.is_graph_input() or value.is_graph_output())
+
+
+def _message(model: ir.Model, shared: Collection[ir.Value], rest: Iterable[ir.Value]) -> bytes:
+    """``model`` as bytes: the weights ``shared`` only named, those that are not used left out."""
+    instead: dict[ir.Value, ir.TensorProtocol] = {}
+    left = {value for value in model.graph.initializers.values() if _unused(value)}
+    for value in (*shared, *rest):
+        tensor = value.const_value
+        if tensor is not None and (value in shared or value in left):
+            instead[value] = message.elsewhere(tensor, value.name or "")
+        elif (read := _in_memory(value)) is not None:
+            instead[value] = read
+    made, names = message.of(model, instead), {value.name for value in left}
+    for number in reversed(range(len(made.graph.initializer))):
+        if made.graph.initializer[number].name in names:
+            del made.graph.initializer[number]
+    return made.SerializeToString()
 
 
 def _allowed() -> int:
@@ -311,14 +325,21 @@ def read_external(model: ir.Model) -> None:
 def _read(values: Iterable[ir.Value]) -> None:
     """Read weights into memory: bytes have no folder that a file of them could be in."""
     for value in values:
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            value.const_value = ir.Tensor(
-                tensor.numpy().copy(), dtype=tensor.dtype, name=value.name
-            )
-            tensor.release()
-        elif isinstance(tensor, serde.TensorProtoTensor) and tensor.dtype in _SHARED:
-            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
+        read = _in_memory(value)
+        if read is not None:
+            value.const_value = read
+
+
+def _in_memory(value: ir.Value) -> ir.TensorProtocol | None:
+    """The weight ``value``, read from its file or message; None if it is in memory already."""
+    tensor = value.const_value
+    if isinstance(tensor, ir.ExternalTensor):
+        array = tensor.numpy().copy()
+        tensor.release()
+        return ir.Tensor(array, dtype=tensor.dtype, name=value.name)
+    if isinstance(tensor, serde.TensorProtoTensor) and tensor.dtype in _SHARED:
+        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
+    return None
 
 
 def save(model: ir.Model, path: str | os.PathLike[str], beside: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ BINS = 2048
 # More than are asked for, because a span that had to grow may be up to four times too wide.
 _FINE = 4 * BINS
 # Numbers that are counted at once: what is made of them stays in the cache.
-_PART = 1 << 14
+_PART = 1 << 15
+# A longer span has distances that float32 does not hold.
+_LARGEST = 1e38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Counter:
 
     def add(self, numbers: npt.NDArray[Any]) -> None:
         """Count those of ``numbers`` that are finite."""
-        self._waiting.append(numbers[np.isfinite(numbers)])
+        self._waiting.append(numbers.reshape(-1))
         self._count += numbers.size
         if self._count >= _PART:
             self._empty()
@@ -54,17 +57,32 @@ class Counter:
     def _empty(self) -> None:
         if not self._count:
             return
-        numbers = np.concatenate(self._waiting)
-        self._waiting.clear()
+        waiting = self._waiting
+        numbers = waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
+        waiting.clear()
         self._count = 0
-        if not numbers.size:
-            return
-        self._hold(float(numbers.min()), float(numbers.max()))
+        low, high = float(numbers.min()), float(numbers.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            numbers = numbers[np.isfinite(numbers)]
+            if not numbers.size:
+                return
+            low, high = float(numbers.min()), float(numbers.max())
+        self._hold(low, high)
+        low, factor = self._low, _FINE / self._span
+        # Distances from the low end are as good as the numbers, if that is one of their kind.
+        short = numbers.dtype == np.float32 and float(np.float32(low)) == low
+        kind = np.float32 if short and self._span < _LARGEST else np.float64
+        # Arrays that are there already: new ones of this size are pages that the system clears.
+        steps, places = np.empty(_PART, kind), np.empty(_PART, np.int64)
         for first in range(0, numbers.size, _PART):
-            part = numbers[first : first + _PART].astype(np.float64)
-            self._counts += np.bincount(
-                _places(part, self._low, self._span, _FINE), minlength=_FINE
-            )
+            part = numbers[first : first + _PART]
+            scaled, binned = steps[: part.size], places[: part.size]
+            np.subtract(part, kind(low), out=scaled, dtype=kind)
+            np.multiply(scaled, kind(factor), out=scaled)
+            np.copyto(binned, scaled, casting="unsafe")
+            counts = np.bincount(binned, minlength=_FINE)
+            counts[_FINE - 1] += counts[_FINE:].sum()  # of the last edge
+            self._counts += counts[:_FINE]
 
     def _hold(self, low: float, high: float) -> None:
         """Let the span hold ``low`` and ``high``."""

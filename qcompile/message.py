@@ -7,6 +7,7 @@ parts of a message stand behind each other, each with its length in front.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import onnx
@@ -18,14 +19,14 @@ _LARGE = 4096
 
 def write(model: ir.Model, path: pathlib.Path) -> None:
     """Write ``model`` into one file, the message that protobuf would hold twice on the way."""
-    light, large = model.clone(), dict[str, ir.TensorProtocol]()
-    for name, value in light.graph.initializers.items():
+    large: dict[str, ir.TensorProtocol] = {}
+    for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes < _LARGE:
             continue
         large[name] = tensor
-        value.const_value = elsewhere(tensor, name)
-    head: Any = ir.to_proto(light)
+    weights = model.graph.initializers
+    head = of(model, {weights[name]: elsewhere(tensor, name) for name, tensor in large.items()})
     weights = list(head.graph.initializer)
     head.graph.ClearField("initializer")
     nodes: bytes = head.graph.SerializeToString()
@@ -49,6 +50,21 @@ def write(model: ir.Model, path: pathlib.Path) -> None:
             file.write(start)
             if tensor is not None:
                 file.write(tensor.tobytes())
+
+
+def of(model: ir.Model, instead: Mapping[ir.Value, ir.TensorProtocol]) -> Any:
+    """The message of ``model`` with the tensors ``instead`` of those of some weights.
+
+    They take the place of those for as long as it is written: a clone takes as long.
+    """
+    kept = {value: value.const_value for value in instead}
+    try:
+        for value, tensor in instead.items():
+            value.const_value = tensor
+        return ir.to_proto(model)
+    finally:
+        for value, tensor in kept.items():
+            value.const_value = tensor
 
 
 def _tag(field: int, length: int) -> bytes:

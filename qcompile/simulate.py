@@ -64,10 +64,14 @@ class Judge:
         return kept
 
     def simulated(self, lowered: ir.Model) -> Spill:
-        """What ``lowered`` computes without optimizations; known if it was the last asked for."""
+        """What ``lowered`` computes; known if it was the last asked for.
+
+        Without optimizations if it rounds anything: they may leave a rounding out. What is in float
+        is the same function with them, some times as fast.
+        """
         key = text.render(lowered, weights=True)
         if key not in self._simulated:
-            self._simulated = {key: self.run(Session(lowered, optimize=False))}
+            self._simulated = {key: self.run(Session(lowered, optimize=not _rounds(lowered)))}
         return self._simulated[key]
 
     def sqnr(self, session: Session | Spill) -> dict[str, float]:
@@ -180,6 +184,16 @@ def _sqnr_of(
                 noise[name] += float(np.sum(np.square(noises, out=noises)))
                 signal[name] += float(np.sum(np.square(squares, out=squares)))
     return {name: ratio(signal[name], noise[name]) for name in names if name in compared}
+
+
+def _rounds(model: ir.Model) -> bool:
+    """Whether any value of ``model`` has a type that less than 32 bits hold, but for booleans."""
+    types = {value.dtype for value in graph.values(model)} - {None, *_WHOLE}
+    return any(dtype is not None and dtype.bitwidth < 32 for dtype in types)
+
+
+# Of no width, or of two numbers only.
+_WHOLE = frozenset((ir.DataType.BOOL, ir.DataType.STRING, ir.DataType.UNDEFINED))
 
 
 def _names(model: ir.Model) -> set[str]:

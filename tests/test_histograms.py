@@ -124,3 +124,14 @@ def test_a_picture_with_padding_is_counted_whole(lined: tuple[str, ...], found: 
     model = graphs.graph(source + "h = Conv(x, w) }")
     reduced = extremes.Reduced(model, ["h"], {}, "m", lined)
     assert (reduced.pixels("h", (1, 4, 32, 32), 100) is not None) == found
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_the_widest_and_the_narrowest_span_of_a_type_are_counted(kind: type[np.floating]) -> None:
+    most = min(np.finfo(kind).max, np.finfo(np.float32).max)
+    ends = np.array([-most, most], kind) / kind(4)
+    near = np.array([1000, 1001], kind)
+    for parts in ([ends, ends * kind(3)], [near], [near, near - kind(3)]):
+        found = counted(parts, each=True)
+        assert found.counts.sum() == np.concatenate(parts).size
+        assert found.counts[:2].any() and found.counts[-2:].any()
