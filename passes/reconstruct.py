@@ -94,9 +94,10 @@ class Reconstruct(Pass):
 
     def _fitted(self, model: ir.Model, ctx: Context) -> Stats:
         from qcompile import torch_exec
+        from qcompile.importance import importance
         from qcompile.prefix import Prefix
         from qcompile.quantized import Quantized
-        from qcompile.reconstruct import Engine, Fitted, importance
+        from qcompile.reconstruct import Engine, Fitted
 
         assert ctx.target is not None
         data = ctx.data()

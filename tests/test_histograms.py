@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import graphs
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +17,7 @@ from qcompile import calibrate, extremes, graph, sources
 from qcompile.calibrate import Calibration
 from qcompile.histograms import BINS, Counter, Histogram
 
-Parts = list[npt.NDArray[np.float32]]
+Parts = Sequence[npt.NDArray[Any]]
 PARTS = st.lists(
     arrays.arrays(np.float32, st.integers(1, 50), elements=st.floats(-1e6, 1e6, width=32)),
     min_size=1,

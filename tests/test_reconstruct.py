@@ -22,7 +22,7 @@ from qcompile.sources import Data, Sample
 
 torch = pytest.importorskip("torch")
 
-from qcompile import reconstruct  # noqa: E402
+from qcompile.importance import importance  # noqa: E402
 from qcompile.prefix import Prefix  # noqa: E402
 from qcompile.quantized import Quantized  # noqa: E402
 from qcompile.reconstruct import Engine, Fitted, Settings  # noqa: E402
@@ -308,15 +308,14 @@ LINEAR = """(float[1,8] x) => (float[1,3] y) <float[8,5] v, float[5,3] w> {
     h = MatMul(x, v) y = MatMul(h, w) }"""
 
 
-def test_errors_count_as_the_outputs_feel_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_count_as_the_outputs_feel_them() -> None:
     # Of a linear layer dy/dh is W, so that the diagonal of J^T J is the sum of squares of a row.
-    monkeypatch.setattr(reconstruct, "DRAWS", 400)
     model = graphs.graph(LINEAR)
     data = fits.correlated(model)
     fits.run(model, DECIDE, data)
     parts = blocks.partition(model, {}, "layer")
     prefix = Prefix(Quantized(model, OrtCpu()), parts, data.samples[:2])
-    found = reconstruct.importance(prefix, np.random.default_rng(0))
+    found = importance(prefix, np.random.default_rng(0), draws=400)
     wanted = (graphs.weight(model, "w") ** 2).sum(axis=1)
     for sample in found:
         np.testing.assert_allclose(sample["h"][0], wanted / wanted.mean(), rtol=0.25)
