@@ -99,25 +99,25 @@ class Grid:
     def quantize(self, array: Floats) -> Codes:
         """The codes of ``array``, in its shape, as int32."""
         # In place, because one weight of a large model is most of the memory there is.
-        blocks = self._blocks(array.shape)
+        blocks = self.blocks(array.shape)
         with np.errstate(over="ignore"):
-            codes = array.astype(np.float32, copy=False).reshape(blocks) / self._spread(
+            codes = array.astype(np.float32, copy=False).reshape(blocks) / self.spread(
                 self.scale, array.ndim
             )
         np.rint(codes, out=codes)
         if self.zero_point.any():
-            codes += self._spread(self.zero_point, array.ndim)
+            codes += self.spread(self.zero_point, array.ndim)
         np.clip(codes, self.format.low, self.format.high, out=codes)
         return codes.astype(np.int32).reshape(array.shape)
 
     def dequantize(self, codes: Codes) -> Floats:
         """The values that ``codes`` stand for, as float32."""
-        split = codes.reshape(self._blocks(codes.shape))
+        split = codes.reshape(self.blocks(codes.shape))
         centred = (
-            split - self._spread(self.zero_point, codes.ndim) if self.zero_point.any() else split
+            split - self.spread(self.zero_point, codes.ndim) if self.zero_point.any() else split
         )
         values = centred.astype(np.float32)
-        values *= self._spread(self.scale, codes.ndim)
+        values *= self.spread(self.scale, codes.ndim)
         return values.reshape(codes.shape)
 
     def round_trip(self, array: Floats) -> Floats:
@@ -126,9 +126,9 @@ class Grid:
 
     def each(self, shape: tuple[int, ...]) -> tuple[Floats, Codes]:
         """Scale and zero point of each element of an array of ``shape``, as views."""
-        blocks = self._blocks(shape)
-        scale = np.broadcast_to(self._spread(self.scale, len(shape)), blocks)
-        zero = np.broadcast_to(self._spread(self.zero_point, len(shape)), blocks)
+        blocks = self.blocks(shape)
+        scale = np.broadcast_to(self.spread(self.scale, len(shape)), blocks)
+        zero = np.broadcast_to(self.spread(self.zero_point, len(shape)), blocks)
         return scale.reshape(shape), zero.reshape(shape)
 
     def rescaled(self, each: Floats) -> Grid:
@@ -136,14 +136,14 @@ class Grid:
         rows, shape = to_rows(each, self.axis, self.block)
         return dataclasses.replace(self, scale=np.ascontiguousarray(rows[:, 0]).reshape(shape))
 
-    def _blocks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def blocks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """``shape`` with the axis of the blocks split into their number and ``block``."""
         if self.axis is None or self.block is None:
             return shape
         axis = self.axis % len(shape)
         return (*shape[:axis], shape[axis] // self.block, self.block, *shape[axis + 1 :])
 
-    def _spread(self, each: npt.NDArray[Number], rank: int) -> npt.NDArray[Number]:
+    def spread(self, each: npt.NDArray[Number], rank: int) -> npt.NDArray[Number]:
         """A number for each tensor, channel or block so that it broadcasts against ``_blocks``."""
         if self.axis is None:
             return each

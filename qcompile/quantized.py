@@ -146,6 +146,10 @@ class Quantized:
         low, high = grid.format.low, grid.format.high
         return rounding.Weight(array, scale, self.codes_of(layer), low, high, self.device)
 
+    def scaled(self, layer: Layer) -> rounding.Scaled:
+        """The weight of ``layer`` with scales to learn."""
+        return rounding.Scaled(self.grid(layer), self.codes_of(layer), self.device)
+
     def owners(self, block: Block) -> list[str]:
         """The values that own the ranges of what is rounded in ``block``."""
         names = [r.value for place, r in self.roundings.uses.items() if place[0] in _names(block)]

@@ -120,6 +120,29 @@ class Weight:
         return found.cpu().numpy().astype(np.int32)
 
 
+class Scaled:
+    """A weight with ``exp(log)`` times its scales, a number for each; ``codes`` stay."""
+
+    def __init__(self, grid: Grid, codes: Codes, device: str) -> None:
+        self.codes = codes
+        self._each, _ = grid.each(codes.shape)
+        self._blocks = grid.blocks(codes.shape)
+        self._rounded = tensor(grid.dequantize(codes), device)
+        scales = grid.spread(grid.scale, codes.ndim)
+        self.log = torch.zeros(scales.shape, device=device).requires_grad_()
+
+    def soft(self) -> Tensor:
+        """The weight with a gradient to the logarithms."""
+        blocks = self._rounded.reshape(self._blocks) * torch.exp(self.log)
+        return blocks.reshape(self._rounded.shape)
+
+    def scale(self) -> Floats:
+        """The scale of each element of the weight."""
+        factor = np.exp(self.log.detach().cpu().numpy())
+        each = np.broadcast_to(factor, self._blocks).reshape(self.codes.shape)
+        return (self._each * each).astype(np.float32)
+
+
 def cosine(progress: float) -> float:
     """From 1 to 0 along half a cosine, for ``progress`` from 0 to 1."""
     return 0.5 * (1 + math.cos(math.pi * progress))

@@ -473,8 +473,18 @@ def test_packed_weights_writes_the_operator_that_the_runtime_would_make() -> Non
         "+w %w/scales: f32[4,2]",
         "-%y: f32[N,4] = MatMul(%x, %w{int4 axis=0 block=16})",
         "+%y: f32[N,4] = com.microsoft::MatMulNBits(%x, %w/packed, %w/scales)"
-        " {K=32, N=4, accuracy_level=4, bits=4, block_size=16}",
+        " {K=32, N=4, accuracy_level=0, bits=4, block_size=16}",
     ]
+
+
+@pytest.mark.parametrize(("form", "last"), [("int3", "0"), ("int4", "0"), ("int8", "4")])
+def test_what_writes_an_output_does_not_round_what_it_reads(form: str, last: str) -> None:
+    source = """(float[N,32] x) => (float[N,4] y) <float[32,32] v, float[32,4] w, float[4] b> {
+        h = MatMul(x, v) r = Relu(h) p = MatMul(r, w) y = Add(p, b) }"""
+    _, _, low = act(source, "packed-weights", PACKED.replace("int4", form))
+    nodes = [node for node in low.model.graph if node.op_type == "MatMulNBits"]
+    levels = [str(node.attributes["accuracy_level"].value) for node in nodes]
+    assert levels == ["4", last]
 
 
 @pytest.mark.parametrize("form", ["int3", "int4", "int8"])
