@@ -1,6 +1,6 @@
 """Learn the scales of weights on the whole model, their codes as they are.
 
-Source: EfficientQAT (Chen et al., arXiv 2407.11062), section 3.2, end-to-end training of
+Source: EfficientQAT (Chen et al., arXiv 2407.11062), its end-to-end training of
 quantization parameters. Ours is a reconstruction: the loss is the error to the float model, where
 the paper has labels, and as few steps as post-training quantization takes.
 """

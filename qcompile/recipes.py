@@ -10,6 +10,7 @@ _FRONT = "simplify,recompose,fold-bn,"
 _RANGES = "calibrate{method=percentile percentile=99.999},quantize{least=0.1}"
 _FITTED = f",{_RANGES},gptq,insert-qdq"
 _FOUR = "quantize{weight=int4 input=float granularity=block method=mse embedding=int8}"
+_BEST_FOUR = f"{_FRONT}equalize{{weight=int4 input=float block=32}},{_FOUR}"
 
 # Each is text, as a user would write it; ``qcompile passes @NAME`` prints it.
 RECIPES = {
@@ -21,8 +22,9 @@ RECIPES = {
     "int8-dynamic": _FRONT + "quantize{scale=dynamic},insert-qdq",
     "int8-fp16": _FRONT + "calibrate,quantize,gptq,cast-half,insert-qdq",
     "int4": _FRONT + _FOUR + ",gptq{damping=0.1},insert-qdq",
-    "int4-best": _FRONT + "equalize{weight=int4 input=float block=32},"
-    + _FOUR + ",gptaq{samples=256 rows=256 rescale=true},insert-qdq",
+    "int4-best": f"{_BEST_FOUR},gptaq{{samples=256 rows=256 rescale=true}},insert-qdq",
+    "int4-lm": f"{_BEST_FOUR},gptaq{{samples=256 rows=256 rescale=true weigh=outputs}},"
+    "learn-scales{loss=kl},insert-qdq",
 }  # fmt: skip
 
 # What each is for.
@@ -35,6 +37,7 @@ MEANINGS = {
     "int8-fp16": "8 bits beside half floats, for TensorRT",
     "int4": "4-bit weights in blocks of 32, activations in float, tables in 8 bits",
     "int4-best": "4-bit weights, channels equalized, layers fitted in order on more data (torch)",
+    "int4-lm": "4-bit weights of a language model, then scales learned on its next token (torch)",
 }
 
 

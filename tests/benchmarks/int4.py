@@ -3,7 +3,7 @@
     python tests/benchmarks/int4.py [--quick] [--only WORD] [--seeds N] [--json FILE]
 
 The recipe is ``@int4``; of SmolLM2, whose weights lie on an asymmetric grid of 32 already,
-``@int4-best`` with blocks of 64. Only weights are quantized, symmetrically, so that a row is its
+``@int4-lm`` with blocks of 64. Only weights are quantized, symmetrically, so that a row is its
 own bound. The judge data calibrated nothing. SQNR is over all judge samples together; the
 perplexity is of text apart from that to calibrate, in windows of 256 tokens without a past;
 intervals are 95 % of a bootstrap over samples or windows, for the perplexity of its ratio to float.
@@ -125,7 +125,7 @@ def smollm2(seed: int) -> list[Row]:
     """Perplexity and decoding of SmolLM2-135M."""
     from qcompile.models import language
 
-    text = at_64("int4-best")
+    text = at_64("int4-lm")
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         tokenizer = language.smollm2_tokenizer(folder / "tokenizer.json")
