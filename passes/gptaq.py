@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 Doubles = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.floating[Any]]
-Weigh = Literal["none", "outputs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +55,6 @@ class Gptaq(Pass):
       ``qcompile.mixup``), if all inputs are floats and no state is carried.
     * ``rescale``: as in gptq; the scale of a block of a weight alone may be below zero where the
       target takes it, so that codes reach one further on the side where the block does.
-    * ``weigh``: with ``outputs`` a row counts as much as an error of it is felt at the outputs of
-      the model (see ``qcompile.importance``): the mean over what the layer writes for it, 1 on
-      average over the rows of a sample.
     * ``exclude``: globs over the names and operator types of layers.
 
     With ``--resume`` an interrupted run goes on behind the last layer that was fitted.
@@ -79,7 +74,6 @@ class Gptaq(Pass):
     rows: int = 128
     mixup: bool = False
     rescale: bool = False
-    weigh: Weigh = "none"
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -101,8 +95,6 @@ class Gptaq(Pass):
         samples = mixup.filled(real, self.samples, ctx.rng("mixup"), others) if mixed else real
         prefix = Prefix(quantized, parts, samples, data.mask, ctx.reference)
         left = {layer.node for layer in excluded}
-        if self.weigh == "outputs":
-            prefix.importance = self._counts(prefix, ctx)
         negative = ctx.target.kernels().negative
         done = 0
         for number in map(int, ctx.progress(range(len(parts)), "gptaq", len(parts))):
@@ -155,19 +147,6 @@ class Gptaq(Pass):
             arrays["bias"] = (bias + lost.reshape(bias.shape)).astype(bias.dtype)
         return arrays
 
-    def _counts(self, prefix: Prefix, ctx: Context) -> Sequence[Sample]:
-        """What the rows of each layer count, of each sample, by what the layer writes."""
-        from qcompile.importance import importance
-
-        kinds: dict[str, patches.Rows] = {}
-        for layer in graph.layers(prefix.quantized.model):
-            kind = patches.of(layer)
-            if kind is not None and gptq.fits(layer):
-                kinds[layer.biased_output.name or ""] = kind
-        return importance(
-            prefix, ctx.rng("importance"), kinds, lambda n, a: kinds[n].numbers(a), 1, ctx.progress
-        )
-
     def _seen(
         self, prefix: Prefix, block: Block, layer: Layer, apart: range, biased: bool
     ) -> tuple[Seen, Seen]:
@@ -190,20 +169,12 @@ class Gptaq(Pass):
                 found = entered(prefix.tensors(prefix.feeds(block, number)), at, after)[name]
                 found = found if here is None else here(found)
             arrays = [wanted.cpu().numpy(), found.cpu().numpy()]
-            counted = None
             if prefix.mask is not None and name in prefix.lined:
                 counted = prefix.samples[number][prefix.mask].astype(bool)
                 arrays = [array[counted] for array in arrays]
-            wanted, found = (
-                np.asarray(next(kind.blocks(array, self.rows, draw=number)), sums)
-                for array in arrays
-            )
-            counts = (prefix.importance or {number: {}})[number].get(layer.biased_output.name or "")
-            if counts is not None and counted is not None:
-                counts = counts[counted.reshape(-1)]
-            if counts is not None:
-                counts = kind.chosen(counts, self.rows, number)
-            folds[number in apart] += Seen.of(wanted, found, counts)
+            pairs = (kind.blocks(array, self.rows, draw=number) for array in arrays)
+            for both in zip(*pairs, strict=True):
+                folds[number in apart] += Seen.of(*(np.asarray(p, sums) for p in both))
         return folds[0], folds[1]
 
 
@@ -213,39 +184,30 @@ _ROUNDING = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """Sums over rows, each times what it counts: ``F^T X`` and ``X^T X`` [groups, K, K], ``F`` and
-    ``X`` [groups, K], and of what they count [groups]."""
+    """Sums over rows: ``F^T X`` and ``X^T X`` [groups, K, K], ``F`` and ``X`` [groups, K]."""
 
     cross: Doubles
     square: Doubles
     wanted: Doubles
     found: Doubles
-    rows: Doubles
+    rows: int
 
     @staticmethod
     def nothing(kind: patches.Rows) -> Seen:
         """Of no rows."""
         square, each = (kind.groups, *kind.shape[-2:]), (kind.groups, kind.columns)
-        return Seen(
-            np.zeros(square), np.zeros(square), np.zeros(each), np.zeros(each),
-            np.zeros(kind.groups),
-        )  # fmt: skip
+        return Seen(np.zeros(square), np.zeros(square), np.zeros(each), np.zeros(each), 0)
 
     @staticmethod
-    def of(wanted: Rows, found: Rows, counts: Floats | None = None) -> Seen:
-        """Of some rows [rows, K] or [groups, rows, K], which ``counts`` alike without the K."""
+    def of(wanted: Rows, found: Rows) -> Seen:
+        """Of some rows [rows, K] or [groups, rows, K]."""
         wanted, found = (rows.reshape(-1, *rows.shape[-2:]) for rows in (wanted, found))
-        if counts is None:
-            sums = [rows.sum(axis=-2, dtype=np.float64) for rows in (wanted, found)]
-            total = np.full(len(found), float(found.shape[-2]))
-        else:
-            root = np.sqrt(counts.reshape(found.shape[:-1]))[..., None]
-            wanted, found = wanted * root, found * root
-            sums = [(rows * root).sum(axis=-2, dtype=np.float64) for rows in (wanted, found)]
-            total = np.square(root[..., 0], dtype=np.float64).sum(axis=-1)
         flipped = np.swapaxes(wanted, -1, -2), np.swapaxes(found, -1, -2)
-        cross, square = ((one @ found).astype(np.float64) for one in flipped)
-        return Seen(cross, square, sums[0], sums[1], total)
+        return Seen(
+            (flipped[0] @ found).astype(np.float64), (flipped[1] @ found).astype(np.float64),
+            wanted.sum(axis=-2, dtype=np.float64), found.sum(axis=-2, dtype=np.float64),
+            wanted.shape[-2],
+        )  # fmt: skip
 
     def __add__(self, other: Seen) -> Seen:
         return Seen(
@@ -253,13 +215,9 @@ class Seen:
             self.wanted + other.wanted, self.found + other.found, self.rows + other.rows,
         )  # fmt: skip
 
-    def _total(self, axes: int) -> Doubles:
-        """What all rows count, 1 for none, before so many ``axes``."""
-        return np.where(self.rows > 0, self.rows, 1.0).reshape(-1, *[1] * axes)
-
     def means(self) -> tuple[Doubles, Doubles]:
         """Of ``F`` and of ``X`` [groups, K]."""
-        return self.wanted / self._total(1), self.found / self._total(1)
+        return self.wanted / max(self.rows, 1), self.found / max(self.rows, 1)
 
     def products(self, centred: bool) -> tuple[Doubles, Doubles]:
         """``F^T X`` and ``X^T X`` a row, without the means if ``centred``.
@@ -267,7 +225,7 @@ class Seen:
         Of what does not differ from its mean, that leaves the rounding of sums, which may be below
         zero: a share of the whole is added to the diagonal.
         """
-        cross, square = self.cross / self._total(2), self.square / self._total(2)
+        cross, square = self.cross / max(self.rows, 1), self.square / max(self.rows, 1)
         if not centred:
             return cross, square
         wanted, found = self.means()
@@ -287,7 +245,7 @@ RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, np.inf)
 
 def best_ridge(weight: Floats, fit: Seen, apart: Seen, centred: bool) -> float:
     """The one of ``RIDGES`` with which the weight found by ``fit`` errs least on ``apart``."""
-    if not fit.rows.any() or not apart.rows.any():
+    if not fit.rows or not apart.rows:
         return np.inf
     cross, square = apart.products(centred)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,40 +16,28 @@ from qcompile.sequences import Sample
 from qcompile.spill import Spill
 from qcompile.torch_exec import TorchGraph
 
-Array = npt.NDArray[Any]
-
 # Draws of signs, for each sample. The mean over more of them is no better known than over samples.
 DRAWS = 4
 
 
-def importance(
-    prefix: Prefix,
-    rng: np.random.Generator,
-    names: Collection[str] | None = None,
-    shorten: Callable[[str, Array], Array] | None = None,
-    draws: int = DRAWS,
-    progress: Callable[..., Iterable[Any]] | None = None,
-) -> Sequence[Sample]:
-    """What an error at each element of ``names`` counts, for each sample; of all blocks if None.
+def importance(prefix: Prefix, rng: np.random.Generator, draws: int = DRAWS) -> Sequence[Sample]:
+    """What an error at each element of what blocks write counts, for each sample.
 
     The diagonal of ``J^T J``, with ``J`` the derivatives of the outputs, each over the root of its
     power, by that element: the mean of ``(v^T J)^2`` over ``draws`` vectors ``v`` of random signs.
     That is Gauss-Newton for squared errors, and stands for the squared gradients of a loss with
     labels in BRECQ (Li et al., arXiv 2102.05426, equation 10). The float model is differentiated,
     within a frame. The mean over each value is 1; it is 1 everywhere if no output depends on the
-    value, or only by an operator that torch lacks. What is kept is what ``shorten`` makes of it, if
-    given.
+    value.
     """
     model, device = prefix.quantized.model, prefix.quantized.device
     whole = blocks.whole(model)
-    function = TorchGraph(model, whole.inputs, whole.outputs, device, elsewhere=True)
-    if names is None:
-        names = {name for block in prefix.blocks for name in block.outputs}
+    function = TorchGraph(model, whole.inputs, whole.outputs, device)
+    names = {name for block in prefix.blocks for name in block.outputs}
     signs = torch.Generator(device)
     signs.manual_seed(int(rng.integers(1 << 62)))
     spill, state = Spill(), Sample()
-    numbers = range(len(prefix.samples))
-    for number in progress(numbers, "importance", len(numbers)) if progress else numbers:
+    for number in range(len(prefix.samples)):
         values: Tensors = {}
 
         def kept(name: str, values: Tensors = values) -> Map:
@@ -69,8 +56,7 @@ def importance(
             for taken, given in prefix.samples.state.items()
         }
         outputs = [y for y in results.values() if y.requires_grad and y.numel()]
-        found = _squared(outputs, values, signs, draws)
-        spill.append({n: shorten(n, a) for n, a in found.items()} if shorten else found)
+        spill.append(_squared(outputs, values, signs, draws))
     return spill
 
 

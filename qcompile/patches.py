@@ -64,26 +64,6 @@ class Rows:
             rows = part.reshape(-1, self.groups, self.columns)
             yield rows[:, 0] if self.groups == 1 else rows.swapaxes(0, 1)
 
-    def numbers(self, output: Array) -> Array:
-        """The mean over its channels of each row that a layer wrote, an array as its ``output``.
-
-        [rows] of a linear layer, [N, groups, places] of a Conv.
-        """
-        if not self.kernel:
-            return output.mean(axis=-1).reshape(-1)
-        return output.reshape(len(output), self.groups, -1, math.prod(output.shape[2:])).mean(2)
-
-    def chosen(self, numbers: Array, most: int, draw: int) -> Array:
-        """Those of ``numbers`` (see there) that belong to the rows of ``blocks``, in their order.
-
-        [rows], or [groups, rows] of a Conv with groups.
-        """
-        if not self.kernel:
-            return numbers[_drawn(len(numbers), most, draw)]
-        places = _drawn(numbers.shape[2], max(1, most // len(numbers)), draw)
-        taken = numbers[:, :, places].swapaxes(0, 1).reshape(self.groups, -1)
-        return taken[0] if self.groups == 1 else taken
-
     def _some(self, array: Array, most: int, draw: int) -> Array:
         """The rows of at most ``most`` places of each of ``array``."""
         padded, spans = self._padded(array)

@@ -63,8 +63,7 @@ class Prefix:
         self.float = Trajectory(samples)
         self.rounded = Trajectory(samples)
         self.entered = {value.name or "" for value in quantized.model.graph.inputs}
-        # What an error at each element (gptaq: each row) of what a layer writes counts, of each
-        # sample.
+        # What an error at each element of what a block writes counts, of each sample.
         self.importance: Sequence[Sample] | None = None
 
     def enter(self, number: int) -> TorchGraph:

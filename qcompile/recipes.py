@@ -23,7 +23,7 @@ RECIPES = {
     "int8-fp16": _FRONT + "calibrate,quantize,gptq,cast-half,insert-qdq",
     "int4": _FRONT + _FOUR + ",gptq{damping=0.1},insert-qdq",
     "int4-best": f"{_BEST_FOUR},gptaq{{samples=256 rows=256 rescale=true}},insert-qdq",
-    "int4-lm": f"{_BEST_FOUR},gptaq{{samples=256 rows=256 rescale=true weigh=outputs}},"
+    "int4-lm": f"{_BEST_FOUR},gptaq{{samples=256 rows=256 rescale=true}},"
     "learn-scales{loss=kl},insert-qdq",
 }  # fmt: skip
 

@@ -341,26 +341,6 @@ def test_a_gram_of_some_rows_is_near_that_of_all(text: str) -> None:
         np.testing.assert_allclose(part.total.shape, whole[name].matrix.shape[:-1])
 
 
-@pytest.mark.parametrize("text", [TWO_LAYERS, PICTURE, GROUPED, DEPTHWISE, DEEP])
-@pytest.mark.parametrize("most", [5, 10_000])
-def test_what_a_layer_wrote_for_a_row_is_found_by_the_row(text: str, most: int) -> None:
-    model, calibration = calibrated(text)
-    for layer in graph.layers(model):
-        kind = patches.of(layer)
-        assert kind is not None and layer.input is not None
-        names = [value.name or "" for value in (layer.input.value, layer.output)]
-        read, wrote = (every(model, calibration, name)[0] for name in names)
-        rows = next(kind.blocks(read, most, draw=3)).reshape(kind.groups, -1, kind.columns)
-        weight = patches.to_matrix(layer, graph.constant(layer.weight.value))
-        wanted = (rows @ weight.swapaxes(1, 2)).mean(axis=2)
-        found = kind.chosen(kind.numbers(wrote), most, draw=3).reshape(kind.groups, -1)
-        bias = layer.bias
-        if bias is not None and bias.node is layer.node:  # of a Conv or Gemm: it is in the output
-            added = graph.constant(bias.value).reshape(kind.groups, -1).mean(axis=1)
-            wanted = wanted + added[:, None]
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
-
-
 def test_rows_are_drawn_anew_for_each_sample_and_are_no_more_than_enough(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

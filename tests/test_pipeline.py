@@ -59,6 +59,8 @@ TEXTS = [
     " samples=4 device=cuda}",
     "assign-bits",
     "low-rank",
+    "learn-scales",
+    "learn-scales{loss=kl outputs=logits*,y rate=0.01}",
     "smooth-hadamard{block=4 exclude=head,Gemm}",
     "calibrate",
     "calibrate{method=percentile percentile=99.5 bits=4}",
