@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 Doubles = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
-Rows = npt.NDArray[np.floating[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +158,8 @@ class Gptaq(Pass):
         at, after = prefix.quantized.maps(block)
         here = at.get((layer.node.name or "", layer.input.index))
         entered = prefix.function(block, [name])
+        centre = np.zeros((kind.groups, 1, kind.columns), np.float32)
         folds = [Seen.nothing(kind), Seen.nothing(kind)]
-        # What is left of squares without their means is small.
-        sums = np.float64 if biased else np.float32
         for number in range(len(prefix.samples)):
             with torch.no_grad():
                 floats = prefix.float.feeds(block.inputs, number)
@@ -174,53 +172,69 @@ class Gptaq(Pass):
                 arrays = [array[counted] for array in arrays]
             pairs = (kind.blocks(array, self.rows, draw=number) for array in arrays)
             for both in zip(*pairs, strict=True):
-                folds[number in apart] += Seen.of(*(np.asarray(p, sums) for p in both))
+                rows = [np.asarray(p, np.float32) for p in both]
+                if biased and not folds[0].rows + folds[1].rows:
+                    centre = rows[1].reshape(kind.groups, -1, kind.columns).mean(1, keepdims=True)
+                folds[number in apart] += Seen.of(rows[0], rows[1], centre)
         return folds[0], folds[1]
 
 
-# Of sums of squares in float64.
+# Of sums of squares in float64, of which nothing is left.
 _ROUNDING = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """Sums over rows: ``F^T X`` and ``X^T X`` [groups, K, K], ``F`` and ``X`` [groups, K]."""
+    """Sums over rows: ``F^T X`` and ``X^T X`` [groups, K, K], ``F`` and ``X`` [groups, K].
+
+    ``F`` and ``X`` are less a ``centre`` [groups, 1, K], about their mean: without it, what squares
+    leave of one another when means are taken away would be the rounding of float32.
+    """
 
     cross: Doubles
     square: Doubles
     wanted: Doubles
     found: Doubles
     rows: int
+    centre: Floats
 
     @staticmethod
     def nothing(kind: patches.Rows) -> Seen:
         """Of no rows."""
         square, each = (kind.groups, *kind.shape[-2:]), (kind.groups, kind.columns)
-        return Seen(np.zeros(square), np.zeros(square), np.zeros(each), np.zeros(each), 0)
+        centre = np.zeros((kind.groups, 1, kind.columns), np.float32)
+        return Seen(np.zeros(square), np.zeros(square), np.zeros(each), np.zeros(each), 0, centre)
 
     @staticmethod
-    def of(wanted: Rows, found: Rows) -> Seen:
+    def of(wanted: Floats, found: Floats, centre: Floats) -> Seen:
         """Of some rows [rows, K] or [groups, rows, K]."""
-        wanted, found = (rows.reshape(-1, *rows.shape[-2:]) for rows in (wanted, found))
+        wanted, found = (rows.reshape(-1, *rows.shape[-2:]) - centre for rows in (wanted, found))
         flipped = np.swapaxes(wanted, -1, -2), np.swapaxes(found, -1, -2)
         return Seen(
             (flipped[0] @ found).astype(np.float64), (flipped[1] @ found).astype(np.float64),
             wanted.sum(axis=-2, dtype=np.float64), found.sum(axis=-2, dtype=np.float64),
-            wanted.shape[-2],
+            wanted.shape[-2], centre,
         )  # fmt: skip
 
     def __add__(self, other: Seen) -> Seen:
+        """Of the rows of both, which are less one centre."""
         return Seen(
             self.cross + other.cross, self.square + other.square,
             self.wanted + other.wanted, self.found + other.found, self.rows + other.rows,
+            other.centre if other.rows else self.centre,
         )  # fmt: skip
 
     def means(self) -> tuple[Doubles, Doubles]:
         """Of ``F`` and of ``X`` [groups, K]."""
+        wanted, found = self._less()
+        return wanted + self.centre[:, 0], found + self.centre[:, 0]
+
+    def _less(self) -> tuple[Doubles, Doubles]:
+        """The means less the centre."""
         return self.wanted / max(self.rows, 1), self.found / max(self.rows, 1)
 
     def products(self, centred: bool) -> tuple[Doubles, Doubles]:
-        """``F^T X`` and ``X^T X`` a row, without the means if ``centred``.
+        """``F^T X`` and ``X^T X`` a row, without the means if ``centred``; else the centre is 0.
 
         Of what does not differ from its mean, that leaves the rounding of sums, which may be below
         zero: a share of the whole is added to the diagonal.
@@ -228,9 +242,10 @@ class Seen:
         cross, square = self.cross / max(self.rows, 1), self.square / max(self.rows, 1)
         if not centred:
             return cross, square
-        wanted, found = self.means()
+        wanted, found = self._less()
         cross = cross - wanted[:, :, None] * found[:, None]
-        rounding = _ROUNDING * np.einsum("gkk->g", square)[:, None, None]
+        whole = np.einsum("gkk->g", square) + np.square(self.centre).sum((1, 2))
+        rounding = _ROUNDING * whole[:, None, None]
         square = square - found[:, :, None] * found[:, None]
         return cross, square + rounding * np.eye(square.shape[-1])
 

@@ -123,9 +123,22 @@ def test_a_killed_run_goes_on_at_its_layer_and_ends_in_the_same_bytes(
 def test_what_does_not_differ_from_its_mean_has_a_gram_all_the_same() -> None:
     rng = np.random.default_rng(0)
     for spread in (1e-6, 0.0):
-        rows = 7 + spread * rng.standard_normal((3, 500, 9))
-        gram = Seen.of(rows, rows).gram(centred=True)
+        rows = (7 + spread * rng.standard_normal((3, 500, 9))).astype(np.float32)
+        gram = Seen.of(rows, rows, rows[:, :9].mean(1, keepdims=True)).gram(centred=True)
         assert np.linalg.eigvalsh(gram).min() > 0
+
+
+def test_the_centre_changes_no_mean_and_no_gram() -> None:
+    rng = np.random.default_rng(1)
+    pair = [5 + rng.standard_normal((2, 300, 4)).astype(np.float32) for _ in range(2)]
+    plain, less = (
+        Seen.of(pair[0], pair[1], np.full((2, 1, 4), centre, np.float32)) for centre in (0, 5)
+    )
+    for one, other in ((plain, less), (plain + plain, less + less)):
+        for a, b in zip(one.means(), other.means(), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+        for a, b in zip(one.products(True), other.products(True), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-3)
 
 
 def test_what_it_cannot_fit_is_left_and_counted() -> None:
@@ -190,11 +203,14 @@ def test_scales_below_zero_are_of_weights_alone_on_targets_that_take_them(
 # -- the ridge ----------------------------------------------------------------------------------
 
 
+NO_CENTRE = np.zeros((1, 1, 6), np.float32)
+
+
 def seen(rows: int, seed: int, gap: float) -> Seen:
     rng = np.random.default_rng(seed)
     wanted = rng.standard_normal((1, rows, 6)).astype(np.float32)
     found = wanted + gap * rng.standard_normal(wanted.shape)
-    return Seen.of(wanted, found.astype(np.float32))
+    return Seen.of(wanted, found.astype(np.float32), NO_CENTRE)
 
 
 def test_what_was_not_rounded_moves_no_weight() -> None:
@@ -211,7 +227,7 @@ def test_without_a_ridge_it_is_the_regression() -> None:
     found = (wanted + 0.3 * rng.standard_normal((40, 6))).astype(np.float32)
     library: Any = np.linalg  # partly untyped
     goal = library.lstsq(found, wanted @ weight[0].T, rcond=None)[0]
-    actual = moved(weight, Seen.of(wanted[None], found[None]), 1e-9, False)
+    actual = moved(weight, Seen.of(wanted[None], found[None], NO_CENTRE), 1e-9, False)
     np.testing.assert_allclose(actual[0], goal.T, atol=1e-4)
 
 
