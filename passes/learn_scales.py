@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -115,28 +115,32 @@ class LearnScales(Pass):
         ctx.log(f"{self.loss} apart: {before:.5f} -> {after:.5f}{'' if kept else ', dropped'}")
         if not kept:
             return left
-        for key, one in scaled.items():
+        moved = {key: one for key, one in scaled.items() if one.log.any()}
+        for key, one in moved.items():
             quantized.scales[key], quantized.codes[key] = one.scale(), one.codes
         quantized.write()
-        return {"layers": len(scaled), "left alone": count - len(scaled)}
+        return {"layers": len(moved), "left alone": count - len(moved)}
 
     def _outputs(self, model: ir.Model, samples: Samples) -> list[str]:
         """The names of the outputs that are compared."""
         given = set(samples.state.values())
         floats = [v for v in model.graph.outputs if graph.is_float(v) and v.name not in given]
+        if not floats:
+            raise PassError("there is nothing to fit to: no output but states holds floats")
         if self.outputs:
             names = [v.name or "" for v in floats]
             for glob in self.outputs:
-                if not fnmatch.filter(names, glob):
-                    raise PassError(f"outputs={glob} names no output in floats: {_listed(names)}")
-            return [n for n in names if any(fnmatch.fnmatch(n, glob) for glob in self.outputs)]
+                if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+                    raise PassError(f"outputs={glob} names no output in floats: {', '.join(names)}")
+            return [n for n in names if any(fnmatch.fnmatchcase(n, glob) for glob in self.outputs)]
         if self.loss == "kl":
             heads = {y.biased_output for y in graph.layers(model) if y.kind == "linear"}
             names = [v.name or "" for v in floats if v in heads]
             if not names:
+                found = ", ".join(v.name or "" for v in floats)
                 raise PassError(
                     "loss=kl compares logits, and no linear layer writes an output: name those "
-                    f"that hold logits by outputs=..., of {_listed(v.name or '' for v in floats)}"
+                    f"that hold logits by outputs=..., of {found}"
                 )
             return names
         return [v.name or "" for v in floats]
@@ -156,10 +160,6 @@ class LearnScales(Pass):
                 if loss is not None and loss.requires_grad:
                     (loss / self.batch).backward()
             adam.step()
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
 
 
 def _drawn(count: int, rng: np.random.Generator) -> Iterator[int]:

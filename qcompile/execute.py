@@ -90,7 +90,7 @@ class Session:
         if not isinstance(model, ir.Model):
             return os.fspath(model)
         read_external(model)
-        shared = _shared(model)
+        shared = _to_share(model)
         rest = [value for value in sound.weights(model) if value not in shared]
         if sum(v.const_value.nbytes for v in rest if v.const_value) < _IN_MEMORY_BYTES:
             self._shared = {v.name or "": array for v, array in shared.items()}  # not the runtime's
@@ -137,7 +137,7 @@ _SHARED = frozenset(
 _LEAST_SHARED = 4096
 
 
-def _shared(model: ir.Model) -> dict[ir.Value, Any]:
+def _to_share(model: ir.Model) -> dict[ir.Value, Any]:
     """The large weights of ``model`` that nodes read, for the runtime.
 
     They are neither written nor read nor copied on their way to it. Those that lie in a file are

@@ -72,7 +72,7 @@ class Counter:
         # Distances from the low end are as good as the numbers, if that is one of their kind.
         short = numbers.dtype == np.float32 and float(np.float32(low)) == low
         kind = np.float32 if short and self._span < _LARGEST else np.float64
-        # Arrays that are there already: new ones of this size are pages that the system clears.
+        # The same arrays for all parts: new ones of this size are pages that the system clears.
         steps, places = np.empty(_PART, kind), np.empty(_PART, np.int64)
         for first in range(0, numbers.size, _PART):
             part = numbers[first : first + _PART]

@@ -20,13 +20,13 @@ _LARGE = 4096
 def write(model: ir.Model, path: pathlib.Path) -> None:
     """Write ``model`` into one file, the message that protobuf would hold twice on the way."""
     large: dict[str, ir.TensorProtocol] = {}
+    instead: dict[ir.Value, ir.TensorProtocol] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes < _LARGE:
             continue
-        large[name] = tensor
-    weights = model.graph.initializers
-    head = of(model, {weights[name]: elsewhere(tensor, name) for name, tensor in large.items()})
+        large[name], instead[value] = tensor, elsewhere(tensor, name)
+    head = of(model, instead)
     weights = list(head.graph.initializer)
     head.graph.ClearField("initializer")
     nodes: bytes = head.graph.SerializeToString()
