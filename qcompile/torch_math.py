@@ -15,6 +15,10 @@ from qcompile.torch_table import Call, Table, along, dtype_of, integers, norm, w
 
 TABLE = Table()
 
+# If two threads make the first call of Intel's vector mathematics in a process at once, one of them
+# may round otherwise in it: what is fitted then differs from run to run. So one thread makes it.
+torch.exp(torch.ones(1))
+
 
 # -- one input ----------------------------------------------------------------------------------
 

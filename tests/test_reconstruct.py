@@ -64,7 +64,7 @@ def test_the_error_of_a_network_on_other_data_is_less(
     fits.run(model, f"{fits.FOUR},reconstruct{{{options}}}", data, target)
     one, other = (fits.noise(reference, m, data.judges, target) for m in (plain, model))
     # On symmetric activations, most of what is lost, rounding weights wins little.
-    assert other < (0.8 if target.name == "ort-cpu" else 1.0) * one
+    assert other < (0.9 if target.name == "ort-cpu" else 1.0) * one
 
 
 @pytest.mark.parametrize("granularity", ["block", "layer"])
