@@ -31,15 +31,15 @@ class Trajectory:
 
     def feeds(self, names: Iterable[str], number: int) -> Sample:
         """``names`` of sample ``number``: of the sample, of the frame before, or of a block."""
-        sample, state = self.samples[number], self.samples.state
-        found: Sample = {}
-        for name in names:
+        names = list(names)
+        found = {name: self.value(name, number) for name in names if name in self._kept}
+        rest = [name for name in names if name not in found]
+        sample = self.samples[number] if rest else {}  # read only if it is needed
+        for name in rest:
             if name in sample:
                 found[name] = sample[name]
-            elif name in state:
-                found[name] = self.value(state[name], number - 1)
             else:
-                found[name] = self.value(name, number)
+                found[name] = self.value(self.samples.state[name], number - 1)
         return found
 
     def value(self, name: str, number: int) -> Array:
