@@ -43,6 +43,12 @@ def calibration(count: int = 48) -> Calibration:
     return Calibration(Data("pictures", list(images().samples.some(count))))
 
 
+def apart(count: int = 48) -> list[Sample]:
+    """The pictures that ``calibration(count)`` has not; its few judges tell little."""
+    samples = images().samples
+    return [samples[number] for number in samples.parted(count)[1]]
+
+
 def correlated(model: ir.Model, count: int = 40) -> Calibration:
     """Samples whose columns hang together, as those of a network do."""
     rng = np.random.default_rng(5)

@@ -52,6 +52,7 @@ FITS = (
     "reconstruct{method=adaround granularity=layer steps=40 batch=8",
     "reconstruct{method=brecq steps=40 batch=8",
     "calibrate-affine{steps=30",
+    "learn-scales{steps=30",
 )
 
 
@@ -63,7 +64,7 @@ def test_a_fit_lowers_the_error_as_on_the_processor(passes: str) -> None:
         model = fits.shipped(fashion.CNN)
         reference = model.clone()
         fits.run(model, fits.FOUR + more, data)
-        found.append(fits.noise(reference, model, data.judges))
+        found.append(fits.noise(reference, model, fits.apart(40)))
     plain, processor, gpu = found
     assert gpu < plain
     # Of other draws, and sums that round otherwise, other codes: seeds differ by 3 dB.

@@ -60,11 +60,11 @@ def test_the_error_of_a_network_on_other_data_is_less(
     plain, model = fits.shipped(fashion.CNN), fits.shipped(fashion.CNN)
     reference = plain.clone()
     fits.run(plain, fits.FOUR, data, target)
-    options = f"method={method} steps=80 batch=8"
+    # What is dropped in a step teaches nothing in it.
+    options = f"method={method} steps={160 if method == 'qdrop' else 80} batch=8"
     fits.run(model, f"{fits.FOUR},reconstruct{{{options}}}", data, target)
-    one, other = (fits.noise(reference, m, data.judges, target) for m in (plain, model))
-    # On symmetric activations, most of what is lost, rounding weights wins little.
-    assert other < (0.9 if target.name == "ort-cpu" else 1.0) * one
+    one, other = (fits.noise(reference, m, fits.apart(40), target) for m in (plain, model))
+    assert other < 0.85 * one
 
 
 @pytest.mark.parametrize("granularity", ["block", "layer"])
