@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile import blocks, graph, mixup, patches, ridge
+from qcompile.backends.lowering import Rounding
 from qcompile.blocks import Block
 from qcompile.graph import Layer
 from qcompile.passes import gptq
@@ -95,6 +96,7 @@ class Gptaq(Pass):
         mixed = self.mixup
         samples = mixup.filled(real, self.samples, ctx.rng("mixup"), others) if mixed else real
         prefix = Prefix(quantized, parts, samples, data.mask, ctx.reference)
+        read = _Read(prefix, apart, self.rows)
         left = {layer.node for layer in excluded}
         negative = ctx.target.kernels().negative
         done = 0
@@ -103,9 +105,7 @@ class Gptaq(Pass):
             for layer in quantized.layers(parts[number]):
                 shared = len(graph.readers(layer.weight.value)) > 1
                 if layer.node not in left and gptq.fits(layer) and not shared:
-                    fit = functools.partial(
-                        self._fitted, prefix, parts[number], layer, apart, negative
-                    )
+                    fit = functools.partial(self._fitted, read, parts[number], layer, negative)
                     arrays = ctx.checkpoint(layer.name, fit)
                     quantized.codes[quantized.key(layer)] = arrays["codes"]
                     if "scale" in arrays:
@@ -119,15 +119,12 @@ class Gptaq(Pass):
         blends = len(samples) - len(real)
         return {"layers": done, "left alone": decided - done, "blends": blends}
 
-    def _fitted(
-        self, prefix: Prefix, block: Block, layer: Layer, apart: range, negative: bool
-    ) -> Sample:
+    def _fitted(self, read: _Read, block: Block, layer: Layer, negative: bool) -> Sample:
         """The ``codes`` of the weight of ``layer``, and its ``bias`` if it has one."""
-        quantized = prefix.quantized
         biased = layer.bias is not None and graph.is_constant(layer.bias.value)
-        folds = self._seen(prefix, block, layer, apart, biased)
+        folds = read.by(layer, block, biased)
         seen = folds[0] + folds[1]
-        job = gptq.job(quantized.model, layer, seen.gram(biased))
+        job = gptq.job(read.model, layer, seen.gram(biased))
         share = ridge.best(job.weight, *folds, biased)
         assert layer.weight.spec is not None and layer.input is not None
         alone = layer.weight.spec.block is not None and layer.input.spec is None
@@ -147,20 +144,46 @@ class Gptaq(Pass):
             arrays["bias"] = (bias + lost.reshape(bias.shape)).astype(bias.dtype)
         return arrays
 
-    def _seen(
-        self, prefix: Prefix, block: Block, layer: Layer, apart: range, biased: bool
-    ) -> tuple[Seen, Seen]:
-        """What the layer reads: of all samples but those ``apart``, and of those."""
+
+class _Read:
+    """What layers read, at most ``rows`` rows of each sample, in sums.
+
+    Layers that read one value alike share them, if they come one behind the other, such as those of
+    queries, keys and values.
+    """
+
+    def __init__(self, prefix: Prefix, apart: range, rows: int) -> None:
+        self._prefix, self._apart, self._rows = prefix, apart, rows
+        self.model = prefix.quantized.model
+        self._key: tuple[str, patches.Rows | None, bool] | None = None
+        self._rounding: Rounding | None = None
+        self._folds: tuple[Seen, ...] = ()
+
+    def by(self, layer: Layer, block: Block, biased: bool) -> tuple[Seen, Seen]:
+        """By ``layer`` of ``block``: in all samples but those ``apart``, and in those."""
+        assert layer.input is not None
+        key = layer.input.value.name or "", patches.of(layer), biased
+        place = layer.node.name or "", layer.input.index
+        rounding = self._prefix.quantized.roundings.uses.get(place)
+        before, self._rounding = self._rounding, rounding
+        alike = rounding.alike(before) if rounding and before else rounding is before
+        if key != self._key or not alike:
+            self._folds = ()  # their memory may be large
+            self._key, self._folds = key, self._summed(layer, block, biased)
+        return self._folds[0], self._folds[1]
+
+    def _summed(self, layer: Layer, block: Block, biased: bool) -> tuple[Seen, ...]:
         import torch
 
         kind = patches.of(layer)
         assert kind is not None and layer.input is not None
+        prefix = self._prefix
         name = layer.input.value.name or ""
         at, after = prefix.quantized.maps(block)
         here = at.get((layer.node.name or "", layer.input.index))
         entered = prefix.function(block, [name])
         folds = tuple(Seen(np.zeros((kind.groups, 1, kind.columns), np.float32)) for _ in range(2))
-        most = min(self.rows, math.ceil(_ENOUGH * kind.columns / len(prefix.samples)))
+        most = min(self._rows, math.ceil(_ENOUGH * kind.columns / len(prefix.samples)))
         for number in range(len(prefix.samples)):
             with torch.no_grad():
                 floats = prefix.float.feeds(block.inputs, number)
@@ -177,5 +200,5 @@ class Gptaq(Pass):
                 rows = [np.asarray(part, np.float32).reshape(each) for part in both]
                 if biased and rows[1].size and not any(fold.rows for fold in folds):
                     folds = tuple(Seen(rows[1].mean(1, keepdims=True)) for _ in range(2))
-                folds[number in apart].add(rows[0], rows[1])
-        return folds[0], folds[1]
+                folds[number in self._apart].add(rows[0], rows[1])
+        return folds

@@ -17,6 +17,7 @@ from qcompile.backends.tensorrt import TensorRtRtx
 from qcompile.errors import PassError
 from qcompile.models import fashion
 from qcompile.passes.gptaq import Gptaq
+from qcompile.ridge import Seen
 
 pytest.importorskip("torch")
 
@@ -117,6 +118,28 @@ def test_a_killed_run_goes_on_at_its_layer_and_ends_in_the_same_bytes(
 ) -> None:
     passes = f"{fits.FOUR},gptaq{{samples=8 rescale=true}},insert-qdq"
     fits.resumes(tmp_path, monkeypatch, passes, behind=3)
+
+
+SIDE = """(float[2,8] x) => (float[2,3] y) <float[8,5] t, float[5,3] u, float[5,3] v> {{
+    h = MatMul(x, t) k = Identity(h) a = MatMul(h, u) b = MatMul({}, v) y = Add(a, b) }}"""
+
+
+def test_layers_that_read_one_value_share_its_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    add, counts, found = Seen.add, list[int](), list[list[Any]]()
+
+    def counted(seen: Seen, wanted: Any, rounded: Any) -> None:
+        counts[-1] += 1
+        add(seen, wanted, rounded)
+
+    monkeypatch.setattr(Seen, "add", counted)
+    for read in ("k", "h"):
+        model = graphs.graph(SIDE.format(read))
+        counts.append(0)
+        fits.run(model, f"{DECIDE},gptaq", fits.correlated(model))
+        decided = [(layer.weight.value, layer.weight.spec) for layer in graph.layers(model)]
+        found.append([decisions.codes(model, v, s).tolist() for v, s in decided if s is not None])
+    assert found[0] == found[1] and len(found[0]) == 3
+    assert 2 * counts[0] == 3 * counts[1] > 0
 
 
 def test_what_it_cannot_fit_is_left_and_counted() -> None:
