@@ -95,7 +95,7 @@ class Gptaq(Pass):
         others = [number for number in range(len(real)) if number not in apart]
         mixed = self.mixup
         samples = mixup.filled(real, self.samples, ctx.rng("mixup"), others) if mixed else real
-        prefix = Prefix(quantized, parts, samples, data.mask, ctx.reference)
+        prefix = Prefix(quantized, parts, samples, data.mask, ctx.reference, outputs=False)
         read = _Read(prefix, apart, self.rows)
         left = {layer.node for layer in excluded}
         negative = ctx.target.kernels().negative

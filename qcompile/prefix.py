@@ -42,6 +42,8 @@ class Prefix:
         captured: the model as captured. The float trajectory through a block in which one of its
             layers became two of low rank is that of the whole layer, if all that the block reads
             and writes has a name there: fits make good for what was cut off.
+        outputs: whether what the model gives is kept, which ``error`` is of. The logits of a
+            language model take more room than all else.
 
     An operator that torch lacks is run by ONNX Runtime, and stops gradients.
     """
@@ -53,10 +55,15 @@ class Prefix:
         samples: Samples,
         mask: str | None = None,
         captured: ir.Model | None = None,
+        outputs: bool = True,
     ) -> None:
         self.captured = captured
+        given = quantized.model.graph.outputs if outputs else ()
+        self._outputs = {value.name or "" for value in given}
         self.quantized = quantized
         self.blocks = blocks
+        # The number of the last block that reads a value.
+        self._last = {name: number for number, block in enumerate(blocks) for name in block.inputs}
         self.samples = samples
         self.mask = mask
         self.lined = ports.lined_up(quantized.model, mask) if mask else set[str]()
@@ -70,16 +77,25 @@ class Prefix:
         """Run block ``number`` in float, and return it as a function."""
         block = self.blocks[number]
         part = self.function(block, block.outputs)
-        self.float.run(block, self._runs(self._whole(block) or part, ({}, {})))
+        call = self._runs(self._whole(block) or part, ({}, {}))
+        self.float.run(block, call, self._read(number))
         return part
 
     def leave(self, number: int, part: TorchGraph) -> None:
         """Run block ``number`` as it is rounded now, and forget what no later block reads."""
         block = self.blocks[number]
-        self.rounded.run(block, self._runs(part, self.quantized.maps(block)))
-        outputs = [value.name or "" for value in self.quantized.model.graph.outputs]
+        call = self._runs(part, self.quantized.maps(block))
+        self.rounded.run(block, call, self._read(number))
         for trajectory in (self.float, self.rounded):
-            trajectory.release(self.blocks[number + 1 :], outputs)
+            trajectory.release(self.blocks[number + 1 :], self._outputs)
+
+    def _read(self, number: int) -> list[str]:
+        """What block ``number`` writes and a later block, or a frame, reads, or ``error``."""
+        state = self.samples.state
+        carried = {given for taken, given in state.items() if self._last.get(taken, -1) >= number}
+        kept = carried | self._outputs
+        names = self.blocks[number].outputs
+        return [name for name in names if name in kept or self._last.get(name, -1) > number]
 
     def function(self, block: Block, outputs: Sequence[str]) -> TorchGraph:
         """``outputs``, computed of what ``block`` reads."""

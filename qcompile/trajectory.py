@@ -46,13 +46,11 @@ class Trajectory:
         """What a block wrote as ``name`` for sample ``number``."""
         return self._kept[name][number][name]
 
-    def run(
-        self, block: Block, call: Callable[[Sample], Sample], swept: Iterable[int] | None = None
-    ) -> None:
-        """Keep the outputs that ``call`` makes of the inputs of ``block``, of every sample."""
-        kept = {name: Spill() for name in block.outputs}
+    def run(self, block: Block, call: Callable[[Sample], Sample], outputs: Sequence[str]) -> None:
+        """Keep those of ``outputs`` that ``call`` makes of what ``block`` reads, of all samples."""
+        kept = {name: Spill() for name in outputs}
         self._kept |= kept  # now, because a frame may read the state that the frame before gave
-        for number in range(len(self.samples)) if swept is None else swept:
+        for number in range(len(self.samples) if kept else 0):
             results = call(self.feeds(block.inputs, number))
             for name, file in kept.items():
                 file.append({name: results[name]})

@@ -18,6 +18,8 @@ from qcompile.errors import PassError
 from qcompile.models import fashion
 from qcompile.passes.gptaq import Gptaq
 from qcompile.ridge import Seen
+from qcompile.sources import Sample
+from qcompile.spill import Spill
 
 pytest.importorskip("torch")
 
@@ -140,6 +142,20 @@ def test_layers_that_read_one_value_share_its_sums(monkeypatch: pytest.MonkeyPat
         found.append([decisions.codes(model, v, s).tolist() for v, s in decided if s is not None])
     assert found[0] == found[1] and len(found[0]) == 3
     assert 2 * counts[0] == 3 * counts[1] > 0
+
+
+def test_what_no_layer_reads_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    append, kept = Spill.append, set[str]()
+
+    def watched(file: Spill, arrays: Sample) -> None:
+        kept.update(arrays)
+        append(file, arrays)
+
+    monkeypatch.setattr(Spill, "append", watched)
+    model = graphs.graph(graphs.CHAIN)
+    data = fits.correlated(model)
+    fits.run(model, f"{DECIDE},gptaq", data)
+    assert kept and not kept & {value.name for value in model.graph.outputs}
 
 
 def test_what_it_cannot_fit_is_left_and_counted() -> None:
