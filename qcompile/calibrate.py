@@ -39,9 +39,6 @@ APART = 32
 COUNTED, WHOLE = 1 << 23, 128
 # A gram of this many columns takes half a GiB.
 LARGEST_GRAM = 8192
-# Rows, or numbers in all groups, that are multiplied at once: a product of fewer rows takes no less
-# than reading the matrix.
-GRAM_ROWS, GRAM_NUMBERS = 1024, 1 << 21
 # Drawn rows for each column: correlations of the columns of a Conv with few are then as well known
 # as those of the widest layers, which have fewer rows a column.
 ENOUGH_ROWS = 50
@@ -378,12 +375,10 @@ class Calibration:
         for key, (value, kind) in wanted.items():
             readers.setdefault(value, []).append((key, kind))
             found[key] = Gram(np.zeros(kind.shape), np.zeros(kind.shape[:-1]), 0)
-        waiting: dict[tuple[str, str], list[Array]] = {key: [] for key in found}
+        waiting = {key: patches.Gathered() for key in found}
 
         def multiply(key: tuple[str, str]) -> None:
-            blocks, gram = waiting[key], found[key]
-            columns = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-2)
-            blocks.clear()
+            gram, (columns,) = found[key], waiting[key].take()
             count = columns.shape[-2]
             gram.matrix[...] += np.swapaxes(columns, -1, -2) @ columns
             gram.total[...] += np.ones(count, np.float32) @ columns
@@ -393,9 +388,7 @@ class Calibration:
             for key, kind in readers[name]:
                 enough = math.ceil(ENOUGH_ROWS * kind.columns / len(samples))
                 for block in kind.blocks(array, most and min(most, enough), draw=number):
-                    waiting[key].append(np.asarray(block, np.float32))
-                    rows = sum(b.shape[-2] for b in waiting[key])
-                    if rows >= GRAM_ROWS or rows * kind.groups * kind.columns >= GRAM_NUMBERS:
+                    if waiting[key].add(np.asarray(block, np.float32)):
                         multiply(key)
         for key in found:
             if waiting[key]:

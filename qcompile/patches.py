@@ -14,9 +14,13 @@ from qcompile import graph
 from qcompile.graph import Layer
 
 Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
 
 # Numbers in one block of patches: 64 MiB in float64.
 _BLOCK = 1 << 23
+# Rows, or numbers in all groups, that are multiplied at once: a product of fewer rows takes no less
+# than reading the matrix.
+_WORTH_ROWS, _WORTH_NUMBERS = 1024, 1 << 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +110,29 @@ class Rows:
             less, more = total // 2, total - total // 2
             found.append((less, more) if self.same == "SAME_UPPER" else (more, less))
         return found
+
+
+class Gathered:
+    """Rows that wait until a product of them is worth reading the matrix that it is added to."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Floats, ...]] = []
+
+    def add(self, *rows: Floats) -> bool:
+        """Keep ``rows``, arrays [..., rows, K] of one shape; whether all together are worth it."""
+        self._waiting.append(rows)
+        count = sum(first.shape[-2] for first, *_ in self._waiting)
+        each = rows[0].size // max(rows[0].shape[-2], 1)
+        return count >= _WORTH_ROWS or count * each >= _WORTH_NUMBERS
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def take(self) -> list[Floats]:
+        """What was kept, joined; nothing is left."""
+        parts = list(zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        return [part[0] if len(part) == 1 else np.concatenate(part, axis=-2) for part in parts]
 
 
 def _drawn(count: int, most: int, draw: int) -> npt.NDArray[np.intp]:

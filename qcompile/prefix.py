@@ -78,24 +78,22 @@ class Prefix:
         block = self.blocks[number]
         part = self.function(block, block.outputs)
         call = self._runs(self._whole(block) or part, ({}, {}))
-        self.float.run(block, call, self._read(number))
+        self.float.run(block, call, [n for n in block.outputs if self._needed(n, number)])
         return part
 
     def leave(self, number: int, part: TorchGraph) -> None:
         """Run block ``number`` as it is rounded now, and forget what no later block reads."""
         block = self.blocks[number]
         call = self._runs(part, self.quantized.maps(block))
-        self.rounded.run(block, call, self._read(number))
+        self.rounded.run(block, call, [n for n in block.outputs if self._needed(n, number)])
         for trajectory in (self.float, self.rounded):
-            trajectory.release(self.blocks[number + 1 :], self._outputs)
+            trajectory.keep(lambda name: self._needed(name, number))
 
-    def _read(self, number: int) -> list[str]:
-        """What block ``number`` writes and a later block, or a frame, reads, or ``error``."""
-        state = self.samples.state
-        carried = {given for taken, given in state.items() if self._last.get(taken, -1) >= number}
-        kept = carried | self._outputs
-        names = self.blocks[number].outputs
-        return [name for name in names if name in kept or self._last.get(name, -1) > number]
+    def _needed(self, name: str, number: int) -> bool:
+        """Whether ``name`` is read when block ``number`` has been left, or a frame later."""
+        carried = [taken for taken, given in self.samples.state.items() if given == name]
+        later = any(self._last.get(taken, -1) >= number for taken in carried)
+        return later or name in self._outputs or self._last.get(name, -1) > number
 
     def function(self, block: Block, outputs: Sequence[str]) -> TorchGraph:
         """``outputs``, computed of what ``block`` reads."""

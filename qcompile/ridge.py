@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.calibrate import GRAM_NUMBERS, GRAM_ROWS
+from qcompile.patches import Floats, Gathered
 
 Doubles = npt.NDArray[np.float64]
-Floats = npt.NDArray[np.float32]
 
 # Of sums of squares in float64, of which nothing is left.
 _ROUNDING = 1e-12
@@ -38,24 +37,18 @@ class Seen:
         self._square = np.zeros_like(self._cross)
         self._gap = np.zeros((groups, columns))
         self._found = np.zeros_like(self._gap)
-        self._waiting: list[tuple[Floats, Floats]] = []
+        self._waiting = Gathered()
 
     def add(self, wanted: Floats, found: Floats) -> None:
-        """Count some rows of ``F`` and ``X`` [groups, rows, K].
-
-        They wait until they are worth a product.
-        """
+        """Count some rows of ``F`` and ``X`` [groups, rows, K]."""
         self.rows += wanted.shape[1]
-        self._waiting.append((wanted - found, found - self.centre))
-        count = sum(rows.shape[1] for rows, _ in self._waiting)
-        if count >= GRAM_ROWS or count * self._gap.size >= GRAM_NUMBERS:
+        if self._waiting.add(wanted - found, found - self.centre):
             self._multiply()
 
     def _multiply(self) -> None:
         if not self._waiting:
             return
-        gap, found = (np.concatenate(rows, 1) for rows in zip(*self._waiting, strict=True))
-        self._waiting.clear()
+        gap, found = self._waiting.take()
         ones = np.ones(gap.shape[1], np.float32)
         self._cross += np.swapaxes(gap, 1, 2) @ found
         self._square += np.swapaxes(found, 1, 2) @ found

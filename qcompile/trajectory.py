@@ -55,9 +55,7 @@ class Trajectory:
             for name, file in kept.items():
                 file.append({name: results[name]})
 
-    def release(self, behind: Sequence[Block], outputs: Iterable[str] = ()) -> None:
-        """Forget what none of the blocks ``behind`` reads and is not of ``outputs``."""
-        read = {name for block in behind for name in block.inputs} | set(outputs)
-        read |= {given for taken, given in self.samples.state.items() if taken in read}
-        for name in [name for name in self._kept if name not in read]:
+    def keep(self, needed: Callable[[str], bool]) -> None:
+        """Forget what is not ``needed``."""
+        for name in [name for name in self._kept if not needed(name)]:
             self._kept.pop(name).close()
