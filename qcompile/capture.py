@@ -325,7 +325,7 @@ def _from_torch(source: Any) -> ir.Model:
             assert exported is not None
             model: ir.Model = exported.model
     except Exception as error:  # torch raises dozens of types for what it cannot export
-        raise CaptureError(f"torch.export failed: {_first_line(error)}") from error
+        raise CaptureError(f"torch.export failed: {_refusal(error)}") from error
     library: Any = importlib.import_module("onnxscript.optimizer")  # 22 MB, so not sooner
     library.fold_constants(model)
     common.IdentityEliminationPass()(model)
@@ -392,6 +392,21 @@ def _module_names(model: ir.Model) -> None:
                 and _COUNTED.fullmatch(value.name or "")
             ):
                 value.name = free(f"{name}.{position}")
+
+
+def _refusal(error: BaseException) -> str:
+    """What torch says; of an operator that it cannot translate to ONNX, which one, and why."""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    found = next(filter(None, (_OPERATOR.search(str(one)) for one in chain)), None)
+    if found is not None:
+        return f"no translation of {found[1]} to ONNX: {_first_line(chain[-1])}"
+    return _first_line(error)
+
+
+# The operator of a node in what the exporter says.
+_OPERATOR = re.compile(r"translating node .*call_function\[target=torch\.ops\.([\w.]+)\]")
 
 
 def _first_line(error: BaseException) -> str:

@@ -430,6 +430,20 @@ def test_what_torch_cannot_export_is_said() -> None:
         capture((Branch(), (torch.ones(2),)))
 
 
+def test_what_has_no_translation_to_onnx_is_named_with_its_reason() -> None:
+    torch: Any = pytest.importorskip("torch")
+
+    class Bessel(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return torch.special.bessel_j0(x)
+
+    says = (
+        r"torch\.export failed: no translation of prims\.bessel_j0\.default to ONNX: No ONNX func"
+    )
+    with pytest.raises(CaptureError, match=says):
+        capture((Bessel(), (torch.ones(1, 4),)))
+
+
 def test_a_factory_that_returns_something_else_is_said() -> None:
     pytest.importorskip("torch")
     with pytest.raises(CaptureError, match=r"a factory must return \(module, example_inputs\)"):
